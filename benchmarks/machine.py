@@ -1,0 +1,146 @@
+"""What measurements share: machine, versions, rate of matrix products, peak memory, output."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from daramgpt import hardware
+from daramgpt.run_directory import write_atomically
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt")
+# What a side of a comparison is started with. glibc hands large tensors back to the kernel after each use unless told
+# otherwise, and their pages are faulted in anew: a training step on a CPU then takes up to three times as long. OpenMP
+# threads that wait in a loop hold the cores that another busy process needs; a run beside others then takes for ever.
+SIDE_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "10000000000",
+    "MALLOC_TRIM_THRESHOLD_": "10000000000",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+def describe_machine() -> dict[str, Any]:
+    """``hardware`` of a result: processor, cores, memory, GPUs."""
+    machine = hardware.detect()
+    return {
+        "summary": machine.describe(),
+        "processor": _processor(),
+        "num_cores": machine.num_cores,
+        "memory_bytes": machine.memory_bytes,
+        "gpus": [gpu.name for gpu in machine.gpus],
+    }
+
+
+def versions() -> dict[str, str]:
+    """``versions`` of a result; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gemm_rate(dtype: str, sizes: Sequence[int], device: torch.device, seconds: float = 0.1) -> float:
+    """Best FLOP/s of square matrix products of these sizes.
+
+    Args:
+        dtype: a key of `DTYPES`.
+        sizes: rows, tried one after the other.
+        device: that multiplies.
+        seconds: for each size, and at least two products.
+    """
+    best = 0.0
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+        product = torch.empty_like(left)
+        deadline, tries = time.perf_counter() + seconds, 0
+        while tries < 2 or time.perf_counter() < deadline:
+            synchronise(device)
+            start = time.perf_counter()
+            torch.mm(left, right, out=product)
+            synchronise(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            tries += 1
+    return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Most memory that this process held on a device since `restart`, less what it held at `start`.
+
+    On a CPU that is resident memory, so start it after the imports; on a GPU what torch allocated there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before_bytes = 0
+
+    def start(self) -> None:
+        """What is held now does not count."""
+        if self._device.type == "cpu":
+            self._before_bytes = _status_bytes("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far, such as that of loading a model; where the kernel forbids it, it stays."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        # proc(5): 5 resets the peak of the resident set to its current size.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read_bytes(self) -> int:
+        """The peak so far."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status_bytes("VmHWM") - self._before_bytes
+
+
+def write_result(result: dict[str, Any], path: Path | None) -> None:
+    """The result with ``hardware`` and ``versions`` as indented JSON; nowhere when `path` is None."""
+    if path is not None:
+        complete = {"hardware": describe_machine(), "versions": versions(), **result}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(complete, indent=1, ensure_ascii=False) + "\n")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _status_bytes(key: str) -> int:
+    """A field of /proc/self/status, which gives KiB."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {key}")

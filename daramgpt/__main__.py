@@ -1,0 +1,3 @@
+from daramgpt.cli import main
+
+main()

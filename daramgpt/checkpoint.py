@@ -1,0 +1,194 @@
+"""Checkpoints of our own: verified, written in one step, free of pickles, ranks and ZeRO stages.
+
+A checkpoint is a directory ``step-00000123/``: ``weights``, ``exp_avg`` and ``exp_avg_sq`` as fp32 safetensors, a
+tensor for each parameter by its Hugging Face name, ``rng.safetensors``, ``state.json`` (position, loss scale), and
+``manifest.json`` with size and sha256 of each file. It is written into a temporary directory, synced, and renamed;
+what a kill leaves behind is never taken for a checkpoint. Loading takes the newest one whose files all verify and says
+what it passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daramgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from daramgpt.engine import Distiller
+
+TENSOR_FILES = ("weights", "exp_avg", "exp_avg_sq", "rng")
+MANIFEST = "manifest.json"
+# Room that stays free beyond the checkpoint itself, for logs and metrics.
+SPARE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint.
+
+    Attributes:
+        path: its directory.
+        state: ``step``, ``tokens``, ``num_steps`` and what else was saved beside the tensors.
+        sha256: of its weights.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    sha256: str
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """One of `TENSOR_FILES` as CPU tensors by parameter name."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / f"{name}.safetensors")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """fp32 weights by their Hugging Face names, the tied head left out."""
+        return self.tensors("weights")
+
+
+def save(checkpoints: Path, distiller: Distiller, state: dict[str, Any], keep: int) -> Path | None:
+    """Write a checkpoint at an optimizer boundary; called by every rank, written by the first.
+
+    Args:
+        checkpoints: directory that holds the run's checkpoints.
+        distiller: whose weights, moments, loss scale and random state are saved.
+        state: JSON values to keep beside them; must hold ``step``.
+        keep: newest checkpoints that stay; older ones are removed once this one stands.
+
+    Returns:
+        Its directory on the first rank, None on the others.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are untouched. Raised by every rank.
+    """
+    tensors = distiller.gather()
+    error: UserError | None = None
+    path: Path | None = None
+    if distiller.rank == 0:
+        try:
+            path = _write(checkpoints, tensors, {**state, "loss_scaler": distiller.loss_scaler()})
+            prune(checkpoints, keep)
+        except UserError as caught:
+            error = caught
+    if distiller.any_rank(error is not None):
+        raise error or UserError("the first rank could not save", "see its line")
+    return path
+
+
+def _write(checkpoints: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Path:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    name = f"step-{state['step']:08d}"
+    final, temporary = checkpoints / name, checkpoints / f".{name}.tmp"
+    size = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for leftover in checkpoints.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+        if shutil.disk_usage(checkpoints).free < size + SPARE_BYTES:
+            raise OSError(f"{size + SPARE_BYTES:,} bytes are needed")
+        temporary.mkdir()
+        for group in TENSOR_FILES:
+            save_file(tensors[group], temporary / f"{group}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if final.exists():
+            # Only one that failed to verify is ever written again.
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(checkpoints)
+    except (OSError, SafetensorError) as fault:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{checkpoints}: the checkpoint of step {state['step']} could not be written: {fault}",
+            "make room there and run the same command again; earlier checkpoints are untouched",
+        ) from None
+    return final
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; a half-removed one is renamed first, so it is never read."""
+    for path in _steps(checkpoints)[keep:]:
+        doomed = path.with_name(f".{path.name}.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def newest(checkpoints: Path, say: Callable[[str], None] = print) -> Saved | None:
+    """The newest checkpoint that verifies, or None where none was ever written.
+
+    Raises:
+        UserError: there are checkpoints but none verifies: never start afresh in silence.
+    """
+    paths = _steps(checkpoints)
+    for path in paths:
+        fault, sha256 = _verify(path)
+        if fault is None:
+            return Saved(path, json.loads((path / "state.json").read_text(encoding="utf-8")), sha256)
+        say(f"checkpoint passed over: {path}: {fault}")
+    if paths:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {checkpoints} verifies",
+            "bring back a copy, or remove that folder to begin again",
+        )
+    return None
+
+
+def newest_state(checkpoints: Path) -> dict[str, Any] | None:
+    """State of the newest checkpoint without verifying its tensors; for displays only."""
+    for path in _steps(checkpoints):
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict):
+            return state
+    return None
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    """Checkpoint directories, newest first."""
+    return sorted((path for path in checkpoints.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _verify(path: Path) -> tuple[str | None, str]:
+    """What is wrong with a checkpoint, or None, and the sha256 of its weights."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, Any] = manifest["files"]
+        for name in ("state.json", *(f"{group}.safetensors" for group in TENSOR_FILES)):
+            if _describe(path / name) != files[name]:
+                return f"{name} is not what was written", ""
+        return None, files["weights.safetensors"]["sha256"]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing", ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})", ""
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,279 @@
+"""The command line: arguments in, exit codes out.
+
+0 = done, or stopped on its own deadline with everything saved; 2 = the user can mend it (one line says how);
+1 = a fault of the program. Heavy imports wait inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from daramgpt.progress import Console
+    from daramgpt.recipe import Recipe
+    from daramgpt.run_directory import RunDirectory
+
+app = typer.Typer(
+    name="daramgpt",
+    help="Distil a large Korean GPT into a small one on hardware people get for free.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of a .toml file.")]
+CorpusOption = Annotated[Path | None, typer.Option("--corpus", help="Folder that holds the corpora.")]
+DsConfigOption = Annotated[str | None, typer.Option("--ds-config", help="A name in ds_configs/, or a .json file.")]
+HoursOption = Annotated[float | None, typer.Option("--hours", help="Stop training so long after the session began.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory; default: runs/RECIPE.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key.")]
+NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ranks on this machine; default: all.")]
+HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile of several machines.")]
+
+
+def _begin(
+    recipe: str,
+    corpus: Path | None,
+    ds_config: str | None,
+    hours: float | None,
+    run: Path | None,
+    settings: list[str] | None,
+    keeps_log: bool = True,
+) -> tuple[Recipe, RunDirectory, Console]:
+    from daramgpt import commands
+    from daramgpt.progress import Console
+
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    if keeps_log:
+        directory.path.mkdir(parents=True, exist_ok=True)
+    return resolved, directory, Console(directory.log if keeps_log else None)
+
+
+@app.command()
+def doctor(
+    recipe: RecipeArgument = "quickstart",
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Check this machine and what the recipe names; exit 2 when something blocks the run."""
+    from daramgpt import commands
+
+    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings, keeps_log=False)
+    if not commands.doctor(resolved, directory, console):
+        raise typer.Exit(2)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Read the corpora in the order of the curriculum and write token shards."""
+    from daramgpt import commands
+
+    commands.prepare(*_begin(recipe, corpus, ds_config, hours, run, settings))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    num_gpus: NumGpusOption = None,
+    hostfile: HostfileOption = None,
+) -> None:
+    """Choose micro-batch, precision and schedule, predict memory and hours, and freeze them in plan.json."""
+    from daramgpt import commands
+
+    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    commands.plan(resolved, directory, console, commands.num_ranks(num_gpus, hostfile))
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    num_gpus: NumGpusOption = None,
+    hostfile: HostfileOption = None,
+) -> None:
+    """Train, from the newest checkpoint on, until the end, the deadline, or a signal."""
+    from daramgpt import commands
+
+    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    commands.train_on_ranks(resolved, directory, console, sys.argv[1:], hostfile)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Measure teacher and student on held-out text, and let them continue the prompts."""
+    from daramgpt import evaluation
+
+    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    evaluation.evaluate(resolved, directory, console)
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Write the student as a Hugging Face directory with a model card."""
+    from daramgpt import export as exporter
+
+    exporter.export(*_begin(recipe, corpus, ds_config, hours, run, settings))
+
+
+@app.command()
+def report(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Write report.html from what the run has recorded."""
+    from daramgpt import report as reporter
+
+    _, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    reporter.write(directory, console)
+
+
+@app.command()
+def status(
+    recipe: RecipeArgument = "quickstart",
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Exit 0 and say so only when all is done, else exit 3.")] = False,
+) -> None:
+    """Show how far a run is: each stage, each session."""
+    from dataclasses import asdict
+
+    from daramgpt import commands
+    from daramgpt import status as statuses
+
+    _, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    found = statuses.read(directory)
+    if quiet:
+        if found.state != "done":
+            raise typer.Exit(3)
+        print(f"All done: {found.num_steps:,} steps, report in {directory.report}, model in {directory.export}")
+    elif as_json:
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(statuses.lines(found, directory)))
+
+
+@app.command()
+def generate(
+    recipe: RecipeArgument = "quickstart",
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
+    run: RunOption = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to add at most.")] = 80,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 = off.")] = 0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Let the exported student continue a text."""
+    from daramgpt import commands
+    from daramgpt import generate as generator
+
+    directory = commands.run_directory(recipe, run)
+    print(prompt, end="", flush=True)
+    for piece in generator.generate(directory.export, prompt, tokens, temperature, top_p, top_k, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command("train-rank", hidden=True)
+def train_rank(
+    recipe: RecipeArgument,
+    corpus: CorpusOption = None,
+    ds_config: DsConfigOption = None,
+    hours: HoursOption = None,
+    run: RunOption = None,
+    settings: SetOption = None,
+    num_gpus: NumGpusOption = None,
+    hostfile: HostfileOption = None,
+) -> None:
+    """One rank of a training that a launcher has started."""
+    from daramgpt import commands
+    from daramgpt.progress import Console
+
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    is_first = os.environ["RANK"] == "0"
+    commands.train(resolved, directory, Console(directory.log, silent=not is_first))
+
+
+def main() -> None:
+    """Run a command and turn what goes wrong into exit codes."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    import click
+
+    from daramgpt.errors import UserError
+
+    try:
+        result = run()
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _refuse(str(error))
+    except click.ClickException as error:
+        # Usage errors: click's own line names the option.
+        return _refuse(f"{error.format_message()}; see python -m daramgpt --help")
+    except (KeyboardInterrupt, click.Abort):
+        return _refuse("interrupted; what was saved before stays, the same command goes on from there")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+            where = f" {error.filename}:" if error.filename else ""
+            return _refuse(f"{where.strip()} {error.strerror}; make room or give a folder that can be written".strip())
+        raise
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+
+
+def _refuse(line: str) -> int:
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return 2

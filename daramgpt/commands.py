@@ -1,0 +1,383 @@
+"""What each command does with a run: the order of the steps, and how the parts of a run hang together.
+
+A run whose recipe trains its own teacher has a part ``parts/teacher``, trained first; one that compares with the same
+student without a teacher has ``parts/baseline``, trained last. Parts share the shards of the run. Heavy imports are
+inside the functions, so that each command pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daramgpt import hardware
+from daramgpt import recipe as recipes
+from daramgpt.errors import UserError
+from daramgpt.recipe import Recipe
+from daramgpt.run_directory import RunDirectory, locked, write_atomically
+
+if TYPE_CHECKING:
+    from daramgpt.progress import Console
+    from daramgpt.shards import Shards
+
+# Text that a tokenizer is trained from.
+TOKENIZER_TEXT_BYTES = 3_000_000
+
+
+def resolve(
+    source: str,
+    corpus: Path | None = None,
+    ds_config: str | None = None,
+    hours: float | None = None,
+    run_path: Path | None = None,
+    settings: list[str] | None = None,
+) -> tuple[Recipe, RunDirectory]:
+    """The recipe and the run directory that a command line means.
+
+    A run keeps the recipe it was made with. A command that gives no settings of its own uses that one; settings that
+    would change what the run computes are refused with the difference.
+
+    Raises:
+        UserError: the recipe is at fault, or differs from the run's.
+    """
+    session = [] if hours is None else [f"budget.session_hours={hours}"]
+    shaping = [*(settings or [])]
+    if corpus is not None:
+        shaping.append(f"corpus.dir={json.dumps(str(corpus), ensure_ascii=False)}")
+    if ds_config is not None:
+        shaping.append(f"engine.ds_config={json.dumps(ds_config, ensure_ascii=False)}")
+    recipe = _absolute(recipes.load(source, shaping + session))
+    run = RunDirectory((run_path or Path("runs") / recipe.name).absolute())
+    if run.recipe.is_file():
+        stored = recipes.load(str(run.recipe))
+        if not shaping:
+            return stored.model_copy(update={"budget": recipe.budget if session else stored.budget}), run
+        if changed := recipes.differences(stored, recipe):
+            raise UserError(
+                f"{run.recipe}: that run was begun with other settings: {'; '.join(changed)}",
+                "give the same settings, or another --run",
+            )
+    return recipe, run
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Paths of this machine made absolute, so that a later command may run in another folder."""
+    changes: dict[str, Any] = {}
+    if recipe.corpus.dir:
+        changes["corpus"] = recipe.corpus.model_copy(update={"dir": str(Path(recipe.corpus.dir).expanduser().resolve())})
+    teacher = recipe.teacher
+    if teacher is not None and teacher.model and Path(teacher.model).expanduser().is_dir():
+        changes["teacher"] = teacher.model_copy(update={"model": str(Path(teacher.model).expanduser().resolve())})
+    if recipe.engine.ds_config.endswith(".json"):
+        file = str(Path(recipe.engine.ds_config).expanduser().resolve())
+        changes["engine"] = recipe.engine.model_copy(update={"ds_config": file})
+    return recipe.model_copy(update=changes)
+
+
+def doctor(recipe: Recipe, run: RunDirectory, console: Console) -> bool:
+    """Check the machine and what the recipe names; False when something blocks the run."""
+    from daramgpt import doctor as checks
+
+    found = checks.check(recipe, run, hardware.detect())
+    for check in found:
+        console(check.line())
+    return not any(check.blocks for check in found)
+
+
+def prepare(recipe: Recipe, run: RunDirectory, console: Console) -> None:
+    """Corpus → tokenizer → token shards."""
+    from daramgpt import shards, tokenizer
+
+    with locked(run):
+        write_atomically(run.recipe, recipes.dump(recipe))
+        context_tokens = recipe.curriculum.context_tokens
+        _make_corpus(recipe, run, console)
+        if recipe.teacher is not None and recipe.teacher.model:
+            from daramgpt import teacher
+
+            tokenizer_dir = teacher.resolve(recipe.teacher.model, recipe.teacher.revision)
+            positions = teacher.max_positions(tokenizer_dir)
+            if positions < context_tokens:
+                console(f"context: {positions} tokens, the teacher's positions (the recipe has {context_tokens})")
+                context_tokens = positions
+        else:
+            assert recipe.teacher is not None
+            assert recipe.teacher.train is not None
+            tokenizer_dir = run.path / "tokenizer"
+            # Written last of its files.
+            if not (tokenizer_dir / "tokenizer_config.json").is_file():
+                from daramgpt import curriculum
+
+                console(f"tokenizer: training {recipe.teacher.train.vocab_size:,} pieces")
+                texts = curriculum.texts(recipe, curriculum.corpus_dir(recipe, run), TOKENIZER_TEXT_BYTES)
+                tokenizer.train_tokenizer(texts, recipe.teacher.train.vocab_size, tokenizer_dir)
+        shards.prepare(recipe, run, tokenizer_dir, context_tokens, console)
+
+
+def _make_corpus(recipe: Recipe, run: RunDirectory, console: Console) -> None:
+    if recipe.corpus.dir is not None:
+        if not Path(recipe.corpus.dir).is_dir():
+            raise UserError(f"--corpus: there is no folder {recipe.corpus.dir}", "give the folder of your corpora")
+        return
+    if recipe.corpus.made_megabytes is None:
+        raise UserError(f"recipe {recipe.name} reads corpora, and no folder is given", "add --corpus DIR")
+    from daramgpt import quickstart
+
+    sizes = quickstart.write_corpus(run.corpora, recipe.corpus.made_megabytes, recipe.seed)
+    console(
+        f"corpus: {sum(sizes.values()) / 1e6:.1f} MB of text made by a grammar in {run.corpora} ("
+        + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+        + ")"
+    )
+
+
+def _parts(recipe: Recipe, run: RunDirectory) -> list[tuple[str, Recipe, RunDirectory]]:
+    """The trainings of a run in their order: label, recipe, directory."""
+    parts = []
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        parts.append(("teacher", recipe.teacher_part(), run.part("teacher")))
+    parts.append(("student", recipe, run))
+    if recipe.evaluation.baseline:
+        parts.append(("student without a teacher", recipe.baseline_part(), run.part("baseline")))
+    return parts
+
+
+def plan(recipe: Recipe, run: RunDirectory, console: Console, num_ranks: int | None = None) -> None:
+    """Freeze what shapes the arithmetic of the run and its parts; what is frozen already stays."""
+    from daramgpt import planner
+
+    machine = hardware.detect()
+    with locked(run):
+        missing = [part for part in _parts(recipe, run) if planner.read_plan(part[2]) is None]
+        if missing:
+            _make_plans(recipe, run, missing, machine, num_ranks)
+        for label, _, part_run in _parts(recipe, run):
+            console(f"{label}:")
+            frozen = planner.read_plan(part_run)
+            assert frozen is not None
+            planner.describe(frozen, console)
+        reasons = frozen["reasons"]
+    console("\n".join(f"{key}: {frozen[key]} ({reasons[key]})" for key in ("dtype", "ds_config")))
+    console(f"machine: {machine.describe()}")
+
+
+def _make_plans(
+    recipe: Recipe,
+    run: RunDirectory,
+    parts: list[tuple[str, Recipe, RunDirectory]],
+    machine: hardware.Machine,
+    num_ranks: int | None,
+) -> None:
+    from daramgpt import ds_config, planner
+
+    shards = _shards(run)
+    chosen = hardware.choose(machine)
+    reasons = dict(chosen.reasons)
+    config_name = chosen.ds_config
+    if recipe.engine.ds_config != "auto":
+        config_name, reasons["ds_config"] = recipe.engine.ds_config, "the recipe or the command line says so"
+    dtype = ds_config.dtype(ds_config.load(config_name))
+    if dtype != chosen.dtype:
+        reasons["dtype"] = "the ds_config says so"
+        if fault := hardware.dtype_fault(machine, dtype):
+            raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config}: {chosen.reasons['ds_config']}")
+    precision = chosen.teacher_precision
+    if recipe.teacher is not None and recipe.teacher.precision != "auto":
+        precision, reasons["teacher_precision"] = recipe.teacher.precision, "the recipe or the command line says so"
+    rate = planner.gemm_rate(dtype)
+    world_size = num_ranks or max(1, len(machine.gpus))
+    for _, part, part_run in parts:
+        teacher_shape = None
+        if part.teacher is not None and part.teacher.train is not None:
+            train = part.teacher.train
+            teacher_shape = planner.ModelShape(train.n_embd, train.n_layer, shards.vocab_size, shards.context_tokens)
+        elif part.teacher is not None:
+            teacher_shape = planner.teacher_shape(_teacher_dir(part, run))
+        planner.make_plan(
+            part,
+            part_run,
+            context_tokens=shards.context_tokens,
+            vocab_size=shards.vocab_size,
+            num_rows=shards.num_rows,
+            teacher=teacher_shape,
+            memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes,
+            flops_per_second=rate,
+            num_threads=max(1, machine.num_cores // world_size),
+            world_size=world_size,
+            dtype=dtype,
+            teacher_precision=precision,
+            ds_config=config_name,
+            reasons=reasons,
+        )
+
+
+def train_on_ranks(
+    recipe: Recipe, run: RunDirectory, console: Console, arguments: list[str], hostfile: Path | None
+) -> None:
+    """Train in this process, or where the plan has several ranks, in as many that DeepSpeed's launcher starts.
+
+    Args:
+        recipe, run: as from `resolve`.
+        console: for lines.
+        arguments: of the command line, ``train`` first; the ranks get them too.
+        hostfile: DeepSpeed's, of several machines.
+
+    Raises:
+        UserError: there is no plan.
+        subprocess.CalledProcessError: a rank failed.
+    """
+    from daramgpt import planner
+
+    frozen = planner.read_plan(run)
+    if frozen is None:
+        raise UserError(f"{run.plan} is missing", f"plan the run first: python -m daramgpt plan {recipe.name}")
+    with locked(run):
+        run.stop_request.unlink(missing_ok=True)
+        if frozen["world_size"] == 1 and hostfile is None:
+            train(recipe, run, console)
+            return
+        where = ["--hostfile", str(hostfile)] if hostfile else ["--num_accelerators", str(frozen["world_size"])]
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), *where, "--no_local_rank", "--module"]
+        _wait_for_ranks([*launcher, "daramgpt", "train-rank", *arguments[1:]], run)
+
+
+def _wait_for_ranks(command: list[str], run: RunDirectory) -> None:
+    """Run the launcher; a signal to this process becomes a stop request that the ranks agree on.
+
+    The launcher itself answers SIGTERM by killing the ranks, so it must not get one: it has a session of its own.
+    """
+    with run.log.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stderr=log, start_new_session=True)
+
+        def on_signal(number: int, _: Any) -> None:
+            run.stop_request.touch()
+            signal.signal(signal.SIGINT, lambda *_: process.kill())
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        if code := process.wait():
+            raise subprocess.CalledProcessError(code if code > 0 else 1, command)
+
+
+def num_ranks(num_gpus: int | None, hostfile: Path | None) -> int | None:
+    """Ranks that the command line asks for; None leaves it to the machine.
+
+    Raises:
+        UserError: the hostfile cannot be read.
+    """
+    if hostfile is None:
+        return num_gpus
+    try:
+        lines = [line.split("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
+        return sum(int(line.split("slots=")[1]) for line in lines if line)
+    except (OSError, IndexError, ValueError):
+        raise UserError(f"--hostfile {hostfile} cannot be read", 'write a line "HOST slots=N" a machine') from None
+
+
+def run_directory(source: str, run_path: Path | None) -> RunDirectory:
+    """The directory of a run that may not have begun.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    return RunDirectory(run_path.absolute() if run_path else (Path("runs") / recipes.load(source).name).absolute())
+
+
+def train(recipe: Recipe, run: RunDirectory, console: Console) -> str:
+    """Train the run and its parts on this rank, as far as the session goes.
+
+    Returns:
+        ``done``, ``deadline`` or ``interrupted``.
+    """
+    from daramgpt import planner
+    from daramgpt.train import StopRequest
+
+    stop = StopRequest(_deadline(recipe), run.stop_request)
+    stop.listen()
+    machine = hardware.detect()
+    for label, part, part_run in _parts(recipe, run):
+        frozen = planner.read_plan(part_run)
+        if frozen is None:
+            raise UserError(f"{part_run.plan} is missing", f"run: python -m daramgpt plan {recipe.name}")
+        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine.describe())
+        if reason != "done":
+            console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
+            return reason
+        if label == "teacher" and os.environ.get("RANK", "0") == "0":
+            _export_teacher(part, part_run, run)
+    return "done"
+
+
+def _train_part(
+    label: str,
+    part: Recipe,
+    part_run: RunDirectory,
+    frozen: dict[str, Any],
+    run: RunDirectory,
+    stop: Any,
+    console: Console,
+    machine: str,
+) -> str:
+    """One training; returns at once where all its steps are trained."""
+    from daramgpt import checkpoint
+
+    state = checkpoint.newest_state(part_run.checkpoints) or {}
+    if state.get("step", 0) >= frozen["num_steps"]:
+        console(f"{label}: all {frozen['num_steps']:,} steps are trained")
+        return "done"
+    import torch
+
+    from daramgpt import teacher
+    from daramgpt.train import train as train_loop
+
+    loaded = None
+    if part.teacher is not None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+        precision = frozen["teacher_precision"]
+        loaded = teacher.load(_teacher_dir(part, run), precision, teacher.DTYPES[frozen["dtype"]], device)
+        console(f"teacher: {loaded.num_parameters:,} parameters, {precision}, {loaded.weight_bytes / 1e6:,.1f} MB")
+    return train_loop(part, part_run, _shards(run), frozen, loaded, stop, console, machine, label)
+
+
+def _export_teacher(part: Recipe, part_run: RunDirectory, run: RunDirectory) -> None:
+    """The trained teacher as a Hugging Face directory, from which it is loaded like any other."""
+    from daramgpt import checkpoint, export, student
+
+    saved = checkpoint.newest(part_run.checkpoints)
+    assert saved is not None
+    shards = _shards(run)
+    model = student.build(part.student, shards.vocab_size, shards.context_tokens, shards.eos_token_id, part.seed)
+    model.load_state_dict(saved.weights(), strict=False)
+    export.save_model(model, shards.tokenizer_dir, part_run.export)
+
+
+def _teacher_dir(recipe: Recipe, run: RunDirectory) -> Path:
+    """Directory of the run's teacher; `run` is the run itself, not a part."""
+    from daramgpt import teacher
+
+    assert recipe.teacher is not None
+    if recipe.teacher.model:
+        return teacher.resolve(recipe.teacher.model, recipe.teacher.revision)
+    return run.part("teacher").export
+
+
+def _deadline(recipe: Recipe) -> float | None:
+    """Unix time at which the session is over; ``launch.sh`` says when it began."""
+    if recipe.budget.session_hours is None:
+        return None
+    began = float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
+    return began + 3600 * recipe.budget.session_hours
+
+
+def _shards(run: RunDirectory) -> Shards:
+    from daramgpt.shards import Shards
+
+    if not (run.shards / "index.json").is_file():
+        raise UserError(f"{run.shards} holds no shards", "prepare the run first: python -m daramgpt prepare RECIPE")
+    return Shards(run.shards)

@@ -1,0 +1,329 @@
+"""The student under DeepSpeed: module, optimizer, resolved config, steps, and its state as plain tensors.
+
+The teacher stays outside: the engine casts, moves and shards whatever it wraps. The optimizer is torch's fused AdamW,
+given to DeepSpeed as client optimizer, because DeepSpeed's own CPU Adam compiles C++ on first use (about two minutes,
+and a compiler) and is no faster. Only this module imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from daramgpt.errors import UserError
+from daramgpt.losses import DistillationHead
+from daramgpt.recipe import Loss, Optimizer
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+    from daramgpt.teacher import Teacher
+
+
+class DistillationModel(nn.Module):
+    """The student's body and the fused head; parameters keep their Hugging Face names.
+
+    The head weight is a parameter of the head module too (the same one as the embedding): ZeRO-3 gathers a parameter
+    for the module whose forward uses it.
+    """
+
+    def __init__(self, student: GPT2LMHeadModel, loss: Loss, chunk_tokens: int) -> None:
+        super().__init__()
+        self.transformer = student.transformer
+        self.head = DistillationHead(
+            student.lm_head.weight,
+            temperature=loss.temperature,
+            kd_weight=loss.kd_weight,
+            ce_weight=loss.ce_weight,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_hidden: torch.Tensor | None = None,
+        teacher_weight: torch.Tensor | None = None,
+        teacher_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T] ids and labels → sums over the target tokens, in nats: loss, kd (with T²), ce."""
+        hidden_BTD = self.transformer(input_ids, use_cache=False).last_hidden_state
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden.flatten(0, 1)
+        return self.head(hidden_BTD.flatten(0, 1), labels.flatten(), teacher_hidden, teacher_weight, teacher_bias)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks.
+
+    Attributes:
+        kd, ce: nats a target token; kd includes T².
+        grad_norm: before clipping; NaN where DeepSpeed gives none.
+        applied: False where fp16 overflowed and the optimizer did not move.
+    """
+
+    kd: float
+    ce: float
+    grad_norm: float
+    applied: bool
+
+
+class Distiller:
+    """A student and its optimizer inside a DeepSpeed engine.
+
+    Args:
+        student: fp32 on the CPU; holds the checkpoint's weights when a run goes on.
+        loss, optimizer: of the recipe.
+        ds_config: DeepSpeed's own part of the configuration (`daramgpt.ds_config.load`).
+        micro_batch_rows: rows a forward pass on this rank.
+        micro_batches: forward passes a step on this rank.
+        chunk_tokens: tokens the loss takes at a time.
+        teacher: None trains by plain cross-entropy.
+        log: file that takes what DeepSpeed prints.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+
+    def __init__(
+        self,
+        student: GPT2LMHeadModel,
+        loss: Loss,
+        optimizer: Optimizer,
+        ds_config: dict[str, Any],
+        micro_batch_rows: int,
+        micro_batches: int,
+        chunk_tokens: int,
+        teacher: Teacher | None,
+        log: Path,
+    ) -> None:
+        deepspeed = import_deepspeed(log)
+        _single_process_environment()
+        deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
+        self.teacher = teacher
+        self.module = DistillationModel(student, loss, chunk_tokens)
+        self.clip_norm = optimizer.clip_norm
+        config = {
+            **ds_config,
+            "train_micro_batch_size_per_gpu": micro_batch_rows,
+            "gradient_accumulation_steps": micro_batches,
+            # DeepSpeed's default is 1.0, so 0 (off) is written too.
+            "gradient_clipping": optimizer.clip_norm,
+            "steps_per_print": 2**31,
+        }
+        self.half = any(config.get(kind, {}).get("enabled") is True for kind in ("fp16",))
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=_client_optimizer(self.module, optimizer), config=config
+            )
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"engine.ds_config: DeepSpeed refuses it: {reason}", "correct it or use another") from error
+        self._create_optimizer_state()
+        self.device = self.engine.device
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.is_first = self.rank == 0
+
+    def step(
+        self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], num_targets: int, learning_rate: float
+    ) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batches: this rank's micro-batches: [b, T] ids and labels.
+            num_targets: labels that are not ignored, of the whole step over all ranks.
+            learning_rate: of this step.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = torch.zeros(2, device=self.device)
+        for input_ids, labels in batches:
+            input_ids, labels = input_ids.to(self.device), labels.to(self.device)
+            teacher = self.teacher
+            loss_sum, kd_sum, ce_sum = self.engine(
+                input_ids,
+                labels,
+                teacher.hidden_states(input_ids) if teacher else None,
+                teacher.head_weight if teacher else None,
+                teacher.head_bias if teacher else None,
+            )
+            # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
+            self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)
+            self.engine.step()
+            sums += torch.stack([kd_sum.detach(), ce_sum.detach()]).to(sums.dtype)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        kd, ce = (sums / num_targets).tolist()
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(kd, ce, math.nan if norm is None else float(norm), bool(self.engine.was_step_applied()))
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank calls it."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        torch.distributed.all_reduce(value)
+        return bool(value.item())
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """State of the dynamic loss scale; empty where there is none."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if not self.half or scaler is None:
+            return {}
+        return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float, bool))}
+
+    def loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.half else 1.0
+
+    def gather(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Master weights, both moments and the random state as CPU tensors; every rank calls it.
+
+        Returns:
+            ``weights``, ``exp_avg``, ``exp_avg_sq``: fp32 by parameter name; ``rng``: bytes.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights, exp_avg, exp_avg_sq = {}, {}, {}
+        for name, parameter in self.module.named_parameters():
+            states = self._own_state(parameter)
+            if states is None:
+                values = [safe_get_full_fp32_param(parameter)]
+                values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
+            else:
+                values = [parameter.detach(), states["exp_avg"], states["exp_avg_sq"]]
+            for group, value in zip((weights, exp_avg, exp_avg_sq), values, strict=True):
+                # Without a clone a CPU tensor would change under the writer.
+                group[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {"weights": weights, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "rng": rng}
+
+    def restore(self, tensors: dict[str, dict[str, torch.Tensor]], steps: int, loss_scaler: dict[str, Any]) -> None:
+        """Put back what `gather` and `loss_scaler` gave; the student was built with the saved weights.
+
+        Args:
+            tensors: as from `gather`.
+            steps: optimizer steps taken, for Adam's bias correction.
+            loss_scaler: as from `loss_scaler`.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].fill_(steps)
+        for name, parameter in self.module.named_parameters():
+            values = [tensors[group][name].to(self.device) for group in ("weights", "exp_avg", "exp_avg_sq")]
+            states = self._own_state(parameter)
+            if states is None:
+                safe_set_full_fp32_param(parameter, values[0])
+                safe_set_full_optimizer_state(parameter, values[1], "exp_avg")
+                safe_set_full_optimizer_state(parameter, values[2], "exp_avg_sq")
+            else:
+                states["exp_avg"].copy_(values[1])
+                states["exp_avg_sq"].copy_(values[2])
+        torch.set_rng_state(tensors["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in tensors["rng"]:
+            torch.cuda.set_rng_state(tensors["rng"]["cuda"])
+        if self.half:
+            vars(self.engine.optimizer.loss_scaler).update(loss_scaler)
+
+    def _own_state(self, parameter: nn.Parameter) -> dict[str, torch.Tensor] | None:
+        """Optimizer state of a parameter that no ZeRO stage has flattened; None where one has."""
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            return None
+        return self.engine.basic_optimizer.state[parameter]
+
+    def _create_optimizer_state(self) -> None:
+        """The state that AdamW makes at its first step, made before it.
+
+        There is then a place to restore into. And ZeRO-1 and 2 look it up once, when the first of the parameter
+        groups has been stepped: of the others they would find nothing, then or later.
+        """
+        wrapper, adam = self.engine.optimizer, self.engine.basic_optimizer
+        # ZeRO-3 swaps one flat sub-group after another into the optimizer's groups.
+        flats = getattr(wrapper, "fp32_partitioned_groups_flat", None)
+        if flats is None:
+            flats = [parameter for group in adam.param_groups for parameter in group["params"]]
+        for flat in flats:
+            adam.state[flat] = {
+                "step": torch.zeros((), device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        """Free the engine, so that another can follow in this process."""
+        self.engine.destroy()
+        del self.engine
+
+
+def import_deepspeed(log: Path) -> Any:
+    """deepspeed, what it logs sent to `log`, and kept from compiling anything."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stream = _LogStream(log)
+    with contextlib.redirect_stdout(stream):
+        import deepspeed
+        from deepspeed.utils import logger
+    # Where it was imported before, its logger still writes to the console, or to the log of another run.
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(stream)
+    # DeepSpeed finds out what it could compile by running the compiler, and compiles its shared-memory communication
+    # on a CPU (90 s). None of its extensions is used here, so none is offered.
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    return deepspeed
+
+
+class _LogStream(io.TextIOBase):
+    """A text stream that appends to a file by its path, so that it stays usable for as long as a logger keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> int:
+        with self.path.open("a", encoding="utf-8") as file:
+            return file.write(text)
+
+
+def _single_process_environment() -> None:
+    """What a launcher would set; without it DeepSpeed asks for mpi4py."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", str(port))
+    )
+
+
+def _client_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )

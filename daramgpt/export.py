@@ -1,0 +1,155 @@
+"""Checkpoint → Hugging Face directory with a model card, put in place in one step.
+
+The directory is complete or absent: everything is written into a temporary one beside it, which then takes its name.
+``export.json`` in it records which checkpoint and evaluation it was made from, so that running again costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daramgpt import model_card
+from daramgpt.errors import UserError
+from daramgpt.recipe import Recipe, Shape
+from daramgpt.run_directory import RunDirectory, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GPT2LMHeadModel, PreTrainedModel
+
+RECORD = "export.json"
+WEIGHTS = "model.safetensors"
+
+
+def export(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> Path:
+    """Write the newest verified checkpoint of a run as ``run.export``; returns at once where that stands already.
+
+    Raises:
+        UserError: the run has no checkpoint or no shards, or the disk is full.
+    """
+    from daramgpt import checkpoint
+
+    saved = checkpoint.newest(run.checkpoints, say)
+    if saved is None:
+        raise UserError(
+            f"{run.checkpoints} holds no checkpoint", f"train first: python -m daramgpt train {recipe.name}"
+        )
+    record = {
+        "step": saved.state["step"],
+        "num_steps": saved.state["num_steps"],
+        "tokens": saved.state["tokens"],
+        "checkpoint_sha256": saved.sha256,
+        "evaluation_sha256": _sha256(run.evaluation) if run.evaluation.is_file() else None,
+    }
+    if stands(run.export, record):
+        say(f"export: {run.export} already holds step {record['step']:,}")
+        return run.export
+    tokenizer_dir = run.shards / "tokenizer"
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        raise UserError(f"{tokenizer_dir} holds no tokenizer", "the shards belong to the run; prepare it again")
+    model = restore_student(recipe.student, saved.weights(), tokenizer_dir)
+    card = model_card.write(recipe, run, record, sum(parameter.numel() for parameter in model.parameters()))
+    save_model(model, tokenizer_dir, run.export, card, record)
+    size = sum(file.stat().st_size for file in run.export.iterdir())
+    done = "" if record["step"] >= record["num_steps"] else f", partial: {record['num_steps']:,} steps are planned"
+    say(f"export: {run.export}, step {record['step']:,}, {size / 1e6:,.1f} MB{done}")
+    return run.export
+
+
+def restore_student(shape: Shape, weights: Mapping[str, torch.Tensor], tokenizer_dir: Path) -> GPT2LMHeadModel:
+    """The fp32 student that a checkpoint's weights describe, in evaluation mode on the CPU.
+
+    Args:
+        shape: width, heads and blocks; vocabulary and positions are those of the weights.
+        weights: by Hugging Face name, the tied head left out.
+        tokenizer_dir: tells the token that ends a text.
+    """
+    from transformers import AutoTokenizer
+
+    from daramgpt import student
+
+    vocab_size = weights["transformer.wte.weight"].shape[0]
+    max_positions = weights["transformer.wpe.weight"].shape[0]
+    end_id = AutoTokenizer.from_pretrained(tokenizer_dir).eos_token_id
+    model = student.build(shape, vocab_size, max_positions, end_id, seed=0)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    return model.eval()
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer_dir: Path,
+    out_dir: Path,
+    card: str | None = None,
+    record: dict[str, Any] | None = None,
+) -> None:
+    """Write a model and its tokenizer as a Hugging Face directory, in place of what is there.
+
+    Args:
+        model: as it is to be saved.
+        tokenizer_dir: its tokenizer.
+        out_dir: the directory; replaced in one step.
+        card: text of README.md.
+        record: what it was made from, for `stands`.
+
+    Raises:
+        UserError: it cannot be written; what was there before stays.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer, GenerationConfig
+
+    temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        end_id = model.config.eos_token_id
+        model.generation_config = GenerationConfig(
+            eos_token_id=end_id, bos_token_id=end_id, pad_token_id=end_id, do_sample=True, temperature=0.8, top_p=0.95
+        )
+        model.save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        # The tokenizer's own limit is none; the model's positions are one that users run into.
+        tokenizer.model_max_length = int(model.config.max_position_embeddings)
+        tokenizer.save_pretrained(temporary)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        write_json(temporary / RECORD, {**(record or {}), "model_sha256": _sha256(temporary / WEIGHTS)})
+        _take_place(temporary, out_dir)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out_dir}: the model could not be written: {error}", "make room there and try again"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def stands(out_dir: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a directory was written from `record` and its weights are still those that were written."""
+    try:
+        found = json.loads((out_dir / RECORD).read_text(encoding="utf-8"))
+        return all(found.get(key) == value for key, value in record.items()) and (
+            found["model_sha256"] == _sha256(out_dir / WEIGHTS)
+        )
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _take_place(temporary: Path, out_dir: Path) -> None:
+    """Rename onto `out_dir`; a directory that is there is moved aside first, as it cannot be replaced."""
+    aside = out_dir.with_name(f".{out_dir.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(aside)
+    temporary.rename(out_dir)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,291 @@
+"""``report.html``: one self-contained page from what a run wrote, complete or not.
+
+It reads files and computes nothing anew, so it imports nothing that trains and takes no time. What a run has not
+written yet is named at the end of the page instead of being passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from daramgpt import results_table, status
+from daramgpt.ledger import entries
+from daramgpt.report.chart import Point, Series, Span, line_chart
+from daramgpt.report.page import facts, page, section, table, tiles
+from daramgpt.run_directory import RunDirectory, write_atomically
+
+Data = dict[str, Any]
+
+
+def write(run: RunDirectory, say: Callable[[str], None]) -> None:
+    """Write ``report.html`` of a run, whatever of the run there is.
+
+    Raises:
+        UserError: the run's recipe cannot be read.
+    """
+    found = status.read(run)
+    recipe = _toml(run.recipe)
+    plan, index, evaluation = _json(run.plan), _json(run.shards / "index.json"), _json(run.evaluation)
+    # The report itself is what is being written.
+    missing = [step for step in found.missing if step != "report"]
+    state = "done" if not missing else found.state
+    name = str(recipe.get("name", run.path.name))
+    sections = [
+        _head(name, state, found, evaluation),
+        section("What was run", facts(_run_facts(recipe, plan, evaluation))),
+        _curriculum(found, index),
+        _curves(run, index),
+        _evaluation(evaluation),
+        _samples(evaluation),
+        _sessions(found),
+        _reproduce(run),
+        _missing(missing, run),
+    ]
+    write_atomically(run.report, page(f"{name}: DaramGPT report", sections))
+    say(f"report: {run.report}" + (f" (not there yet: {', '.join(missing)})" if missing else ""))
+
+
+def _head(name: str, state: str, found: status.Status, evaluation: Data) -> str:
+    figures = [
+        ("steps", f"{found.step:,} of {found.num_steps:,}"),
+        ("tokens trained", f"{found.tokens:,}"),
+        ("hours of training", f"{found.hours_used:.3g} of {found.budget_hours:g}"),
+    ]
+    for row in evaluation.get("rows", []):
+        if row["name"] in ("teacher", "student", "student without teacher"):
+            figures.append((f"bits per byte, {row['name']}", results_table.number(row["bits_per_byte"]["all"], ".4f")))
+    mark = f'<span class="state {escape(state)}">{escape(state)}</span>'
+    return f"<header><h1>{escape(name)}{mark}</h1>{tiles(figures)}</header>"
+
+
+def _run_facts(recipe: Data, plan: Data, evaluation: Data) -> list[tuple[str, str]]:
+    teacher, student, loss = recipe.get("teacher", {}), recipe.get("student", {}), recipe.get("loss", {})
+    optimizer, trained = recipe.get("optimizer", {}), teacher.get("train", {})
+    corpus = recipe.get("corpus", {})
+    teacher_text = teacher.get("model", "")
+    if trained:
+        teacher_text = f"trained from the same text: {_shape(trained)}"
+    return [
+        ("corpus", corpus.get("dir") or (corpus.get("made_megabytes") and "made by the built-in grammar") or ""),
+        ("teacher", f"{teacher_text}; precision {plan.get('teacher_precision')}" if teacher_text else ""),
+        ("student", _shape(student) if student else ""),
+        (
+            "loss",
+            f"{loss['kd_weight']:g} · T² · KL(teacher ‖ student) at T = {loss['temperature']:g}, "
+            f"+ {loss['ce_weight']:g} · cross-entropy"
+            if loss
+            else "",
+        ),
+        (
+            "optimizer",
+            f"AdamW, learning rate {optimizer['learning_rate']:g}, weight decay {optimizer['weight_decay']:g}"
+            if optimizer
+            else "",
+        ),
+        (
+            "batch",
+            f"{plan['batch_rows']} rows of {plan['context_tokens']} tokens, {plan['micro_batch_rows']} at a time"
+            if {"batch_rows", "context_tokens", "micro_batch_rows"} <= plan.keys()
+            else "",
+        ),
+        ("arithmetic", f"{plan['dtype']}, ds_config {plan.get('ds_config')}" if "dtype" in plan else ""),
+        ("ranks", str(plan.get("world_size", ""))),
+        ("evaluated on", str(evaluation.get("hardware", ""))),
+        ("versions", ", ".join(f"{name} {number}" for name, number in evaluation.get("versions", {}).items())),
+    ]
+
+
+def _shape(shape: Data) -> str:
+    return f"GPT-2, n_embd {shape['n_embd']}, n_head {shape['n_head']}, n_layer {shape['n_layer']}"
+
+
+def _curriculum(found: status.Status, index: Data) -> str:
+    if not found.stages:
+        return ""
+    details = {stage["name"]: stage for stage in index.get("stages", [])}
+    cells = [["stage", "corpus", "unit", "text", "tokens", "held-out text", "steps", "trained"]]
+    for number, stage in enumerate(found.stages, 1):
+        more = details[stage.name]
+        cells.append(
+            [
+                f"{number}  {stage.name}",
+                more["corpus"],
+                more["unit"],
+                f"{stage.text_bytes / 1e6:,.2f} MB",
+                f"{stage.tokens:,}",
+                f"{more['heldout_text_bytes'] / 1e3:,.0f} kB",
+                f"{stage.first_step:,} – {stage.last_step:,}",
+                f"{stage.trained_fraction:.0%}",
+            ]
+        )
+    return section("Curriculum", table(cells))
+
+
+def _curves(run: RunDirectory, index: Data) -> str:
+    metrics = _metrics(run)
+    if not metrics:
+        return ""
+    baseline = _metrics(run.part("baseline"))
+    spans = _spans(metrics)
+    distils = any(line["kd"] for line in metrics)
+    loss = [
+        Series("distillation (T² · KL)", [(line["tokens"], line["kd"]) for line in metrics] if distils else [], 1),
+        Series("cross-entropy", [(line["tokens"], line["ce"]) for line in metrics], 2),
+        Series("cross-entropy without teacher", [(line["tokens"], line["ce"]) for line in baseline], 3),
+    ]
+    charts = [line_chart("Loss on the text trained", loss, spans, "tokens trained", "nats a token")]
+    bits = [
+        Series("student", _bits_per_byte(metrics, index), 1),
+        Series("student without teacher", _bits_per_byte(baseline, index), 3),
+    ]
+    if bits[0].points:
+        charts.append(line_chart("Bits per byte of the text trained", bits, spans, "tokens trained", "bits per byte"))
+    note = (
+        "Each step is measured before the model learns from it. Dashed lines part the stages of the curriculum, in "
+        "the order of the table above; the very first steps may lie above the picture."
+    )
+    return section("Curves", f'<div class="charts">{"".join(charts)}</div>', f'<p class="soft">{note}</p>')
+
+
+def _metrics(run: RunDirectory) -> list[Data]:
+    """Lines of ``metrics.jsonl`` with finite losses."""
+    return [
+        line
+        for line in entries(run.metrics)
+        if {"tokens", "stage", "kd", "ce"} <= line.keys() and math.isfinite(line["kd"]) and math.isfinite(line["ce"])
+    ]
+
+
+def _bits_per_byte(metrics: list[Data], index: Data) -> list[Point]:
+    """Cross-entropy over the mean bytes a token of the step's stage."""
+    bytes_per_token = {stage["name"]: stage["text_bytes"] / stage["tokens"] for stage in index.get("stages", [])}
+    return [
+        (line["tokens"], line["ce"] / math.log(2) / bytes_per_token[line["stage"]])
+        for line in metrics
+        if line["stage"] in bytes_per_token
+    ]
+
+
+def _spans(metrics: list[Data]) -> list[Span]:
+    """Stretches of tokens trained in one stage."""
+    spans: list[Span] = []
+    for line in metrics:
+        last = spans[-1].last if spans else 0.0
+        if spans and spans[-1].name == line["stage"]:
+            spans[-1] = Span(line["stage"], spans[-1].first, line["tokens"])
+        else:
+            spans.append(Span(line["stage"], last, line["tokens"]))
+    return spans
+
+
+def _evaluation(evaluation: Data) -> str:
+    rows = evaluation.get("rows")
+    if not rows:
+        return ""
+    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"]
+    by_stage = [
+        ["bits per byte", *stages, "all"],
+        *(
+            [row["name"], *(results_table.number(row["bits_per_byte"][stage], ".4f") for stage in [*stages, "all"])]
+            for row in rows
+        ),
+    ]
+    heldout = evaluation.get("heldout", {}).values()
+    measured = sum(stage["text_bytes"] for stage in heldout)
+    documents = sum(stage["documents"] for stage in heldout)
+    note = (
+        f"Measured at step {evaluation['step']:,} on {measured / 1e3:,.0f} kB of text from {documents:,} held-out "
+        f"documents, {evaluation['date']}. KL is in nats a token at T = 1."
+    )
+    return section(
+        "Evaluation", table(results_table.model_cells(rows)), f'<p class="soft">{escape(note)}</p>', table(by_stage)
+    )
+
+
+def _samples(evaluation: Data) -> str:
+    samples = evaluation.get("samples", [])
+    groups = []
+    for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
+        cards = "".join(
+            f'<div class="sample"><small>{escape(sample["model"])}</small>'
+            f"<b>{escape(prompt)}</b><span>{escape(sample['text'])}</span></div>"
+            for sample in samples
+            if sample["prompt"] == prompt
+        )
+        groups.append(f'<div class="samples" lang="ko">{cards}</div><p></p>')
+    note = '<p class="soft">Sampled at temperature 0.8, top-p 0.95, all models with the same seed.</p>'
+    return section("Continuations", *groups, note) if groups else ""
+
+
+def _sessions(found: status.Status) -> str:
+    if not found.sessions:
+        return ""
+    cells = [["session", "started", "steps", "tokens", "minutes", "ended", "machine"]]
+    for one in found.sessions:
+        is_now = found.state == "running" and one is found.sessions[-1]
+        cells.append(
+            [
+                str(one.number),
+                datetime.fromtimestamp(one.started).strftime("%Y-%m-%d %H:%M"),
+                f"{one.first_step:,} → {one.step:,}",
+                f"{one.tokens:,}",
+                f"{one.seconds / 60:,.1f}",
+                "now" if is_now else one.reason,
+                one.machine,
+            ]
+        )
+    return section("Sessions", table(cells))
+
+
+def _reproduce(run: RunDirectory) -> str:
+    if not run.recipe.is_file():
+        return ""
+    text = run.recipe.read_text(encoding="utf-8")
+    command = "# recipe.toml as below\nbash launch.sh recipe.toml --run runs/again"
+    return section(
+        "How to reproduce",
+        f"<pre>{escape(command)}</pre>",
+        "<p>The plan is made anew there; the same plan on the same machine gives the same weights. "
+        "Take plan.json over as well to keep it.</p>",
+        f"<details><summary>recipe.toml</summary><pre>{escape(text)}</pre></details>",
+    )
+
+
+def _missing(missing: list[str], run: RunDirectory) -> str:
+    """What the page lacks because the run has not got there."""
+    files = [
+        path.name
+        for path in (run.recipe, run.plan, run.shards / "index.json", run.metrics, run.ledger, run.evaluation)
+        if not path.is_file()
+    ]
+    if not missing and not files:
+        return ""
+    parts = []
+    if missing:
+        parts.append(f"<p>The run has still to: {escape(', '.join(missing))}.</p>")
+    if files:
+        parts.append(f"<p>Not written, so not in this report: {escape(', '.join(files))}.</p>")
+    return section("What is missing", *parts)
+
+
+def _json(path: Path) -> Data:
+    """A JSON object, or an empty one where there is none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _toml(path: Path) -> Data:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,121 @@
+"""The result of an evaluation as plain text of at most 100 columns.
+
+Korean letters are two columns wide in a terminal, so padding counts columns and not characters.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from typing import Any
+
+Cells = list[list[str]]
+LEGEND = "KL(teacher ‖ model) in nats a token; top-1: tokens where model and teacher agree on the likeliest"
+
+
+def format_evaluation(evaluation: dict[str, Any], width: int = 100) -> str:
+    """Table of the models, bits per byte per stage, and the continuations, ready to print.
+
+    Args:
+        evaluation: content of ``evaluation.json``.
+        width: columns that lines may take.
+    """
+    rows = evaluation["rows"]
+    parts = [_columns(model_cells(rows)), LEGEND]
+    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"] if rows else []
+    if stages:
+        parts += ["", "held-out bits per byte by stage", _by_stage(rows, stages, width)]
+    if evaluation.get("samples"):
+        parts += ["", format_samples(evaluation["samples"], width)]
+    if evaluation["state"] != "done":
+        parts += ["", f"partial: measured at step {evaluation['step']}, before the end of the run"]
+    return "\n".join(parts)
+
+
+def model_cells(rows: list[dict[str, Any]]) -> Cells:
+    """Header and one line a model: parameters, size, bits per byte of all text, closeness to the teacher, speed."""
+    header = ["model", "params", "MB", "bits/byte", "KL", "top-1", "tokens/s"]
+    return [
+        header,
+        *(
+            [
+                row["name"],
+                f"{row['parameters'] / 1e6:,.1f} M",
+                f"{row['bytes'] / 1e6:,.1f}",
+                number(row["bits_per_byte"]["all"], ".4f"),
+                number(row["kl_to_teacher"], ".5f"),
+                number(row["top1_agreement"], ".1%"),
+                number(row["tokens_per_second"], ",.0f"),
+            ]
+            for row in rows
+        ),
+    ]
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure in its format, a dash where nothing was measured."""
+    return "–" if value is None else format(value, form)
+
+
+def _by_stage(rows: list[dict[str, Any]], stages: list[str], width: int) -> str:
+    """Models down and stages across, or the other way round where the stages would be too wide."""
+    cells = [
+        ["model", *stages],
+        *([row["name"], *(number(row["bits_per_byte"][s], ".4f") for s in stages)] for row in rows),
+    ]
+    text = _columns(cells)
+    if max(columns(line) for line in text.splitlines()) <= width:
+        return text
+    return _columns([list(line) for line in zip(*cells, strict=True)])
+
+
+def format_samples(samples: list[dict[str, str]], width: int = 100) -> str:
+    """Each prompt, and below it what every model went on with, wrapped to `width` columns."""
+    lines: list[str] = []
+    name_columns = max(columns(sample["model"]) for sample in samples)
+    prompt = None
+    for sample in samples:
+        if sample["prompt"] != prompt:
+            prompt = sample["prompt"]
+            lines += [""] * bool(lines) + [f"「{prompt}」"]
+        text = " ".join(f"{prompt}{sample['text']}".split())
+        wrapped = _wrap(text, width - name_columns - 4)
+        for index, line in enumerate(wrapped):
+            lines.append(f"  {_pad(sample['model'] if index == 0 else '', name_columns)}  {line}")
+    return "\n".join(lines)
+
+
+def columns(text: str) -> int:
+    """Columns that a terminal gives to a text."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _pad(text: str, width: int, right: bool = False) -> str:
+    space = " " * (width - columns(text))
+    return space + text if right else text + space
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken between words, or within one that is longer."""
+    lines = [""]
+    for word in text.split():
+        # In a line of wide letters alone a column count of width is width // 2 characters.
+        for piece in textwrap.wrap(word, max(1, width // 2)):
+            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+            if columns(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
+    return lines
+
+
+def _columns(cells: Cells) -> str:
+    """First column to the left, figures to the right, a rule below the header."""
+    widths = [max(columns(line[index]) for line in cells) for index in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            _pad(cell, width, right=index > 0) for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    return "\n".join([lines[0], "─" * columns(lines[0]), *lines[1:]])

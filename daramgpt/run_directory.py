@@ -1,0 +1,131 @@
+"""Where a run keeps each of its files, how a small file is replaced in one step, and who holds the directory."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daramgpt.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """``runs/<recipe>/``, or the folder that ``--run`` names."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def corpora(self) -> Path:
+        """The corpus that the package makes itself, in the formats of the real ones."""
+        return self.path / "corpora"
+
+    @property
+    def shards(self) -> Path:
+        """Token shards, their index, and ``tokenizer/`` that they were made with."""
+        return self.path / "shards"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def export(self) -> Path:
+        """The student as a Hugging Face directory."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def stop_request(self) -> Path:
+        """Its existence asks the ranks of a training to save and stop."""
+        return self.path / ".stop"
+
+    def part(self, name: str) -> RunDirectory:
+        """The sub-run ``parts/<name>``."""
+        return RunDirectory(self.path / "parts" / name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as JSON by `write_atomically`."""
+    write_atomically(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Hold the run directory for this process; the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run.path} is in use by process {file.read().strip() or '?'}", "wait for it, or give another --run"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_locked(run: RunDirectory) -> bool:
+    """Whether a process holds the run directory now."""
+    try:
+        with (run.path / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True

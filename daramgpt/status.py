@@ -1,0 +1,192 @@
+"""Where a run stands, read from its files alone, so that it answers at once and while the run is going on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from daramgpt import checkpoint, recipe
+from daramgpt.ledger import Session, sessions
+from daramgpt.recipe import Recipe
+from daramgpt.run_directory import RunDirectory, is_locked
+
+STAGE_HEADINGS = ("stage", "text MB", "tokens", "first step", "last step", "trained")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of the curriculum and how much of it has been trained."""
+
+    name: str
+    text_bytes: int
+    tokens: int
+    first_step: int
+    last_step: int
+    trained_fraction: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `read` finds.
+
+    Attributes:
+        state: ``new`` (nothing trained), ``running``, ``done`` (trained, evaluated, exported, reported),
+            ``deadline``, ``interrupted``, or ``dead`` (the last session ended without a word, or by a fault).
+        step, num_steps, tokens: of the student; num_steps is 0 before there is a plan.
+        skipped_steps: by fp16 overflow.
+        missing: what is left before the run is done.
+    """
+
+    state: str
+    step: int
+    num_steps: int
+    tokens: int
+    skipped_steps: int
+    stages: list[StageStatus]
+    sessions: list[Session]
+    hours_used: float
+    budget_hours: float
+    missing: list[str]
+
+
+def read(run: RunDirectory) -> Status:
+    """Where a run stands; a directory without a run is ``new``.
+
+    Raises:
+        UserError: its recipe cannot be read.
+    """
+    stored = recipe.load(str(run.recipe)) if run.recipe.is_file() else None
+    position = checkpoint.newest_state(run.checkpoints) or {}
+    plan = _json(run.plan)
+    found = sessions(run.ledger)
+    step, num_steps = int(position.get("step", 0)), int(plan.get("num_steps", 0))
+    missing = _missing(stored, run, step, num_steps)
+    if is_locked(run):
+        state = "running"
+    elif not missing:
+        state = "done"
+    elif not found:
+        state = "new"
+    elif found[-1].reason in ("deadline", "interrupted"):
+        state = found[-1].reason
+    else:
+        state = "interrupted" if found[-1].reason == "done" else "dead"
+    return Status(
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        tokens=int(position.get("tokens", 0)),
+        skipped_steps=int(position.get("skipped_steps", 0)),
+        stages=_stages(run, plan, step),
+        sessions=found,
+        hours_used=sum(session.seconds for session in found) / 3600,
+        budget_hours=stored.budget.budget_hours if stored else 0.0,
+        missing=missing,
+    )
+
+
+def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int) -> list[str]:
+    if stored is None:
+        return ["prepare"]
+    missing = []
+    if not (run.shards / "index.json").is_file():
+        missing.append("prepare")
+    parts = [name for name, wanted in (("teacher", _trains_teacher(stored)), ("baseline", _has_baseline(stored))) if wanted]
+    for name in parts:
+        part = run.part(name)
+        part_step = int((checkpoint.newest_state(part.checkpoints) or {}).get("step", 0))
+        if part_step < int(_json(part.plan).get("num_steps", 1)):
+            missing.append(f"train ({name})")
+    if not num_steps or step < num_steps:
+        missing.append("train")
+    evaluation = _json(run.evaluation)
+    if evaluation.get("state") != "done" or evaluation.get("step") != step:
+        missing.append("evaluate")
+    if not (run.export / "model.safetensors").is_file():
+        missing.append("export")
+    if not run.report.is_file():
+        missing.append("report")
+    return missing
+
+
+def _trains_teacher(stored: Recipe) -> bool:
+    return stored.teacher is not None and stored.teacher.train is not None
+
+
+def _has_baseline(stored: Recipe) -> bool:
+    return stored.evaluation.baseline
+
+
+def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageStatus]:
+    """Stages of the first pass, by the steps that the plan gives them."""
+    index = _json(run.shards / "index.json")
+    batch_rows, row, stages = int(plan.get("batch_rows", 0)), 0, []
+    for stage in index.get("stages", []):
+        rows = int(stage["rows"])
+        first, last = (row // batch_rows, (row + rows - 1) // batch_rows) if batch_rows else (0, 0)
+        trained = min(1.0, max(0.0, (step * batch_rows - row) / rows)) if rows else 1.0
+        stages.append(
+            StageStatus(stage["name"], int(stage["text_bytes"]), int(stage["tokens"]), first + 1, last + 1, trained)
+        )
+        row += rows
+    return stages
+
+
+def lines(status: Status, run: RunDirectory) -> list[str]:
+    """The status for people, a line each."""
+    share = f" ({status.step / status.num_steps:.1%})" if status.num_steps else ""
+    result = [
+        f"{run.path}: {status.state}",
+        f"step {status.step:,} of {status.num_steps:,}{share}, {status.tokens:,} tokens, "
+        f"{status.hours_used:.2f} of {status.budget_hours:g} hours used",
+    ]
+    if status.missing:
+        result.append(f"left to do: {', '.join(status.missing)}")
+    if status.stages:
+        rows = [
+            (
+                stage.name,
+                f"{stage.text_bytes / 1e6:,.2f}",
+                f"{stage.tokens:,}",
+                f"{stage.first_step:,}",
+                f"{stage.last_step:,}",
+                f"{stage.trained_fraction:.0%}",
+            )
+            for stage in status.stages
+        ]
+        result += ["", *columns(STAGE_HEADINGS, rows)]
+    if status.sessions:
+        rows = [
+            (
+                str(session.number),
+                datetime.fromtimestamp(session.started).strftime("%Y-%m-%d %H:%M"),
+                f"{session.first_step:,} → {session.step:,}",
+                f"{session.tokens:,}",
+                f"{session.seconds / 60:,.1f}",
+                "now" if status.state == "running" and session is status.sessions[-1] else session.reason,
+            )
+            for session in status.sessions
+        ]
+        result += ["", *columns(("session", "started", "steps", "tokens", "minutes", "ended"), rows)]
+    return result
+
+
+def columns(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of text in aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(headings, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in (headings, *rows)
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none that can be read: status never fails for it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}

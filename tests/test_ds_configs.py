@@ -1,0 +1,139 @@
+"""Every configuration that ships, and every kind of file that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daramgpt import ds_config
+from daramgpt.errors import UserError
+
+NAMES = ["a100-40gb", "cpu", "h100-80gb", "l4-24gb", "p100-16gb", "t4x2-16gb", "zero3-offload"]
+
+
+def test_all_ship() -> None:
+    assert ds_config.names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_valid_by_name_and_by_path_and_described(name: str) -> None:
+    path = ds_config.DS_CONFIGS_DIR / f"{name}.json"
+    config = ds_config.load(name)
+    assert config == ds_config.load(str(path)) == json.loads(path.read_text())
+    assert f"`{name}`" in (ds_config.DS_CONFIGS_DIR / "README.md").read_text(encoding="utf-8")
+
+
+def write(folder: Path, config: Any) -> str:
+    path = folder / "mine.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(path)
+
+
+ZERO_2_OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "fault", "mend"),
+    [
+        ('{\n"fp16": {"enabled": true},\n}', "line 3", "correct the JSON"),
+        ('{"fp16": {}, "fp16": {}}', '"fp16" is there twice', "delete one"),
+        ([1], "an object is needed", "zero_optimization"),
+        ({"zero_optimisation": {}}, '"zero_optimisation"', 'did you mean "zero_optimization"'),
+        ({"zzz": 1}, '"zzz"', "known here"),
+        ({"zero_optimization": {"stag": 2}}, '"zero_optimization.stag"', 'did you mean "stage"'),
+        ({"zero_optimization": 2}, '"zero_optimization" needs an object', "write it as"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4", "0, 1, 2 or 3"),
+        ({"train_batch_size": 16}, '"train_batch_size"', "optimizer.batch_tokens"),
+        ({"train_batch_siz": 16}, '"train_batch_siz"', "optimizer.batch_tokens"),
+        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu", "engine.micro_batch_rows"),
+        ({"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps", "delete it"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping", "optimizer.clip_norm"),
+        ({"optimizer": {"type": "Adam"}}, '"optimizer"', "[optimizer]"),
+        ({"scheduler": {}}, '"scheduler"', "[schedule]"),
+        ({"wandb": {"enabled": True}}, '"wandb" is not used', "delete it"),
+        ({"fp16": {"enabled": "auto"}}, 'fp16.enabled is "auto"', "true or false"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"', "true or false"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled", "enable one"),
+        ({"zero_optimization": {**ZERO_2_OFFLOAD, "stage": 0}}, "needs ZeRO", "stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO-3", "stage 3"),
+        ({"zero_optimization": ZERO_2_OFFLOAD}, "insists on its own", '"zero_force_ds_cpu_optimizer": false'),
+    ],
+)
+def test_a_file_that_would_mislead_is_refused_by_name(tmp_path: Path, config: Any, fault: str, mend: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        ds_config.load(write(tmp_path, config))
+    assert "mine.json" in refusal.value.fault
+    assert fault in refusal.value.fault
+    assert mend in refusal.value.mend
+
+
+@pytest.mark.parametrize("name", ["h100", "nowhere/mine.json"])
+def test_a_missing_one_names_those_there_are(name: str) -> None:
+    with pytest.raises(UserError, match="a100-40gb, cpu, h100-80gb") as refusal:
+        ds_config.load(name)
+    assert name in refusal.value.fault
+
+
+def test_precision_and_offload_are_read() -> None:
+    assert ds_config.dtype({}) == "fp32"
+    assert ds_config.dtype({"fp16": {"enabled": False}, "bf16": {"enabled": True}}) == "bf16"
+    assert ds_config.offloads(ds_config.load("zero3-offload"), "param")
+    assert not ds_config.offloads(ds_config.load("p100-16gb"), "param")
+    assert not ds_config.offloads(ds_config.load("t4x2-16gb"), "optimizer")
+
+
+ASK_DEEPSPEED = """
+import json, sys
+from pathlib import Path
+import deepspeed
+from deepspeed.runtime import config, precision_config
+from deepspeed.runtime.zero import config as zero, offload_config
+def keys(model):
+    return sorted(field.alias or name for name, field in model.model_fields.items())
+sections = {
+    "zero_optimization": keys(zero.DeepSpeedZeroConfig),
+    "zero_optimization.offload_param": keys(offload_config.DeepSpeedZeroOffloadParamConfig),
+    "zero_optimization.offload_optimizer": keys(offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+    "fp16": keys(precision_config.DeepSpeedFP16Config),
+    "bf16": keys(precision_config.DeepSpeedBF16Config),
+}
+source = "".join(path.read_text() for path in Path(deepspeed.__file__).parent.rglob("*.py"))
+given = json.loads(sys.stdin.read())
+unread = [key for key in given["top"] if f'"{key}"' not in source and f"'{key}'" not in source]
+for name, text in given["configs"].items():
+    config.DeepSpeedConfig({**text, "train_batch_size": 1, "train_micro_batch_size_per_gpu": 1})
+print("ANSWER" + json.dumps({"sections": sections, "unread": unread}))
+"""
+
+
+def test_the_key_lists_are_those_of_the_installed_deepspeed() -> None:
+    """A process of its own, because importing deepspeed changes logging and environment for the whole process."""
+    given = {
+        "top": sorted({*ds_config.TOP_LEVEL_KEYS, *ds_config.OURS, *ds_config.NOT_USED}),
+        "configs": {name: ds_config.load(name) for name in NAMES},
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ASK_DEEPSPEED],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.rsplit("ANSWER", 1)[1])
+    assert answer["unread"] == []
+    # Names that DeepSpeed has deprecated are not offered.
+    deprecated = {
+        "cpu_offload",
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "stage3_gather_fp16_weights_on_model_save",
+    }
+    for section, keys in answer["sections"].items():
+        assert set(keys) - deprecated == ds_config.SECTION_KEYS[section], section

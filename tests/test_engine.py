@@ -1,0 +1,152 @@
+"""The engine against a plain PyTorch loop, and its state through a restart, under every ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from daramgpt import checkpoint, student
+from daramgpt.engine import Distiller
+from daramgpt.losses import distillation_loss_reference
+from daramgpt.recipe import Loss, Optimizer, Shape
+from daramgpt.teacher import Teacher
+
+VOCAB, CONTEXT, ROWS, MICRO = 61, 12, 4, 2
+SHAPE = Shape(n_embd=16, n_head=2, n_layer=2)
+LOSS = Loss(temperature=2.0, kd_weight=1.0, ce_weight=0.1)
+OPTIMIZER = Optimizer(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.1)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "zero-0": {"zero_optimization": {"stage": 0}},
+    "zero-1": {"zero_optimization": {"stage": 1}},
+    "zero-2": {"zero_optimization": {"stage": 2}},
+    "zero-2-offload": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    },
+    "zero-3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+}
+
+
+def make_student() -> Any:
+    return student.build(SHAPE, VOCAB, CONTEXT, eos_token_id=0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    model = student.build(Shape(n_embd=24, n_head=2, n_layer=1), VOCAB, CONTEXT, eos_token_id=0, seed=2)
+    model.eval().requires_grad_(False)
+    # Sharper than a random model's nearly uniform distribution, so that the KL has something to teach.
+    model.lm_head.weight.mul_(8)
+    return Teacher(model, model.lm_head.weight, None, "fp32", 0, 0, CONTEXT)
+
+
+def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + micro)
+    tokens = torch.randint(0, VOCAB, (ROWS // MICRO, CONTEXT + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    # Micro-batches of unequal weight: what a mean of means gets wrong.
+    labels[0, : 5 * micro] = -100
+    return tokens[:, :-1], labels
+
+
+def num_targets(step: int) -> int:
+    return sum(int((batch(step, micro)[1] != -100).sum()) for micro in range(MICRO))
+
+
+def batches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return (batch(step, micro) for micro in range(MICRO))
+
+
+def make_distiller(config: str, teacher: Teacher | None, log: Path, model: Any = None) -> Distiller:
+    return Distiller(
+        model or make_student(), LOSS, OPTIMIZER, CONFIGS[config], ROWS // MICRO, MICRO, 7, teacher, log
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_losses(teacher: Teacher) -> list[float]:
+    """Losses of the same steps by transformers, torch's AdamW and the plain loss."""
+    model = make_student()
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.epsilon,
+    )
+    losses = []
+    for step in range(5):
+        adam.zero_grad()
+        total = torch.zeros(())
+        for input_ids, labels in batches(step):
+            teacher_logits = teacher.hidden_states(input_ids) @ teacher.head_weight.T
+            kd, ce = distillation_loss_reference(
+                model(input_ids).logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten(), LOSS.temperature
+            )
+            loss = (LOSS.kd_weight * kd + LOSS.ce_weight * ce) / num_targets(step)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        adam.step()
+        losses.append(float(total))
+    return losses
+
+
+def run_steps(distiller: Distiller, first: int, last: int) -> list[float]:
+    results = [
+        distiller.step(batches(step), num_targets(step), OPTIMIZER.learning_rate) for step in range(first, last)
+    ]
+    return [LOSS.kd_weight * result.kd + LOSS.ce_weight * result.ce for result in results]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_losses_equal_a_plain_loop(config: str, teacher: Teacher, plain_losses: list[float], tmp_path: Path) -> None:
+    distiller = make_distiller(config, teacher, tmp_path / "log.txt")
+    losses = run_steps(distiller, 0, 5)
+    distiller.close()
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert losses[4] < losses[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("forget_moments", [False, True])
+def test_restart_from_a_checkpoint_changes_nothing(
+    config: str, forget_moments: bool, teacher: Teacher, tmp_path: Path
+) -> None:
+    whole = make_distiller(config, teacher, tmp_path / "log.txt")
+    run_steps(whole, 0, 3)
+    checkpoint.save(tmp_path / "checkpoints", whole, {"step": 3}, keep=2)
+    run_steps(whole, 3, 6)
+    expected = whole.gather()["weights"]
+    whole.close()
+
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert saved is not None
+    model = make_student()
+    model.load_state_dict(saved.weights(), strict=False)
+    resumed = make_distiller(config, teacher, tmp_path / "log.txt", model)
+    tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
+    if forget_moments:
+        tensors["exp_avg"] = {name: torch.zeros_like(value) for name, value in tensors["exp_avg"].items()}
+    resumed.restore(tensors, 3, saved.state["loss_scaler"])
+    run_steps(resumed, 3, 6)
+    found = resumed.gather()["weights"]
+    resumed.close()
+    assert found.keys() == expected.keys()
+    same = all(torch.equal(found[name], expected[name]) for name in expected)
+    assert same is not forget_moments
+
+
+def test_weights_have_their_hugging_face_names(tmp_path: Path) -> None:
+    distiller = make_distiller("zero-2", None, tmp_path / "log.txt")
+    run_steps(distiller, 0, 1)
+    weights = distiller.gather()["weights"]
+    distiller.close()
+    missing, unexpected = make_student().load_state_dict(weights, strict=False)
+    assert missing == ["lm_head.weight"]
+    assert unexpected == []

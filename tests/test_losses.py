@@ -1,0 +1,264 @@
+"""The fused head against its plain reference: values, gradients, and what must not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from daramgpt.losses import DistillationHead, Objective, Workspace, distillation_loss, distillation_loss_reference
+
+N, V, D, DT = 37, 211, 16, 24
+
+
+@pytest.fixture
+def case() -> dict[str, Tensor]:
+    """Hidden states and heads of two widths in fp64, labels with ignored ones among them."""
+    torch.manual_seed(0)
+    labels = torch.randint(V, (N,))
+    labels[[0, 5, 6, 36]] = -100
+    return {
+        "student_hidden": torch.randn(N, D, dtype=torch.float64),
+        "student_weight": torch.randn(V, D, dtype=torch.float64) / 2,
+        "teacher_hidden": torch.randn(N, DT, dtype=torch.float64),
+        "teacher_weight": torch.randn(V, DT, dtype=torch.float64) / 2,
+        "teacher_bias": torch.randn(V, dtype=torch.float64),
+        "labels": labels,
+    }
+
+
+def reference(case: dict[str, Tensor], objective: Objective, with_teacher: bool = True) -> list[Tensor]:
+    """loss, kd, ce, gradient of the hidden states, gradient of the weight: plain, fp64."""
+    hidden, weight = (case[name].double().clone().requires_grad_() for name in ("student_hidden", "student_weight"))
+    teacher_logits = case["teacher_hidden"].double() @ case["teacher_weight"].double().T + case["teacher_bias"].double()
+    kd, ce = distillation_loss_reference(
+        hidden @ weight.T, teacher_logits if with_teacher else None, case["labels"], objective.temperature
+    )
+    loss = objective.kd_weight * kd + objective.ce_weight * ce
+    loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [loss.detach(), kd.detach(), ce.detach(), hidden.grad, weight.grad]
+
+
+def fused(
+    case: dict[str, Tensor],
+    objective: Objective,
+    with_teacher: bool = True,
+    chunk_tokens: int = 8,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """The same by the fused head in `dtype`."""
+    hidden, weight = (case[name].to(dtype).clone().requires_grad_() for name in ("student_hidden", "student_weight"))
+    teacher = [case[f"teacher_{part}"].to(dtype) for part in ("hidden", "weight", "bias")] if with_teacher else []
+    loss, kd, ce = distillation_loss(
+        hidden, weight, case["labels"], *teacher, objective=objective, chunk_tokens=chunk_tokens
+    )
+    (loss * scale).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [loss.detach(), kd, ce, hidden.grad, weight.grad]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(("loss", "kd", "ce", "grad hidden", "grad weight"), found, expected, strict=True):
+        error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+@pytest.mark.parametrize("chunk_tokens", [8, 37, 1000])
+def test_value_and_gradient_match_fp64(case: dict[str, Tensor], temperature: float, chunk_tokens: int) -> None:
+    objective = Objective(temperature, kd_weight=0.7, ce_weight=0.3)
+    assert_close(fused(case, objective, chunk_tokens=chunk_tokens), reference(case, objective), 1e-5)
+    assert_close(
+        fused(case, objective, chunk_tokens=chunk_tokens, dtype=torch.float64), reference(case, objective), 1e-12
+    )
+
+
+def test_realistic_vocabulary_matches_fp64() -> None:
+    """512 tokens of a large vocabulary: more rows than one block of the softmax arithmetic, a ragged last one."""
+    torch.manual_seed(1)
+    labels = torch.randint(20_000, (509,))
+    labels[::17] = -100
+    case = {
+        "student_hidden": torch.randn(509, 32),
+        "student_weight": torch.randn(20_000, 32) / 3,
+        "teacher_hidden": torch.randn(509, 48),
+        "teacher_weight": torch.randn(20_000, 48) / 3,
+        "teacher_bias": torch.zeros(20_000),
+        "labels": labels,
+    }
+    assert_close(fused(case, Objective(), chunk_tokens=200), reference(case, Objective()), 1e-5)
+
+
+@pytest.mark.parametrize("objective", [Objective(2.0, 0.0, 1.0), Objective(2.0, 1.0, 0.0), Objective(1.0, 1.0, 0.0)])
+def test_a_weight_of_zero_leaves_its_term_out_of_the_loss_but_reports_it(
+    case: dict[str, Tensor], objective: Objective
+) -> None:
+    found = fused(case, objective)
+    assert_close(found, reference(case, objective), 1e-5)
+    assert found[1] > 0 and found[2] > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_without_a_teacher_it_is_cross_entropy(case: dict[str, Tensor], temperature: float) -> None:
+    objective = Objective(temperature, kd_weight=0.0, ce_weight=1.0)
+    found = fused(case, objective, with_teacher=False)
+    assert_close(found, reference(case, objective, with_teacher=False), 1e-5)
+    plain = torch.nn.functional.cross_entropy(
+        case["student_hidden"] @ case["student_weight"].T, case["labels"], reduction="sum"
+    )
+    torch.testing.assert_close(found[2].double(), plain, rtol=1e-6, atol=0)
+    assert found[1] == 0
+
+
+def test_ignored_tokens_change_nothing(case: dict[str, Tensor]) -> None:
+    kept = case["labels"] != -100
+    only = {
+        name: tensor[kept] if name in ("student_hidden", "teacher_hidden", "labels") else tensor
+        for name, tensor in case.items()
+    }
+    with_ignored, without = (fused(c, Objective(), dtype=torch.float64) for c in (case, only))
+    assert not with_ignored[3][~kept].any()
+    with_ignored[3] = with_ignored[3][kept]
+    assert_close(with_ignored, without, 1e-12)
+
+
+@pytest.mark.parametrize("num_tokens", [N, 0])
+def test_no_targets_at_all_give_zeros(case: dict[str, Tensor], num_tokens: int) -> None:
+    case["labels"] = torch.full((num_tokens,), -100)
+    for name in ("student_hidden", "teacher_hidden"):
+        case[name] = case[name][:num_tokens]
+    assert not any(tensor.any() for tensor in fused(case, Objective()))
+
+
+def test_gradient_is_the_derivative_of_the_value(case: dict[str, Tensor]) -> None:
+    """Central differences in fp64, coordinate by coordinate, on a tiny case."""
+    objective = Objective(1.5, 1.0, 0.4)
+    tiny = {
+        name: tensor[:3] if name in ("student_hidden", "teacher_hidden", "labels") else tensor[:7]
+        for name, tensor in case.items()
+    }
+    tiny["labels"] = torch.tensor([4, -100, 6])
+    _, _, _, *gradients = fused(tiny, objective, chunk_tokens=2, dtype=torch.float64)
+    value: Callable[[], float] = lambda: fused(tiny, objective, chunk_tokens=2, dtype=torch.float64)[0].item()  # noqa: E731
+    for name, gradient in zip(("student_hidden", "student_weight"), gradients, strict=True):
+        numeric = torch.empty_like(gradient)
+        for i in range(gradient.numel()):
+            flat, original = tiny[name].view(-1), tiny[name].view(-1)[i].item()
+            flat[i] = original + 1e-6
+            above = value()
+            flat[i] = original - 1e-6
+            numeric.view(-1)[i] = (above - value()) / 2e-6
+            flat[i] = original
+        torch.testing.assert_close(gradient, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_kd_is_zero_when_student_and_teacher_agree(case: dict[str, Tensor]) -> None:
+    hidden, weight = case["student_hidden"].float().requires_grad_(), case["student_weight"].float()
+    loss, kd, ce = distillation_loss(
+        hidden, weight, case["labels"], hidden, weight, objective=Objective(2.0, 1.0, 0.0), chunk_tokens=8
+    )
+    loss.backward()
+    assert abs(kd.item()) < 1e-4 * ce.item()
+    assert hidden.grad is not None and hidden.grad.abs().max() < 1e-5
+
+
+def test_temperature_squared_keeps_the_size_of_the_gradient(case: dict[str, Tensor]) -> None:
+    """Without T² the gradient would shrink by about T² = 16 from T = 1 to T = 4."""
+    norms = [fused(case, Objective(temperature, 1.0, 0.0))[3].norm() for temperature in (1.0, 4.0)]
+    assert 1 / 3 < norms[1] / norms[0] < 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_its_rounding(case: dict[str, Tensor], dtype: torch.dtype) -> None:
+    found = fused(case, Objective(), dtype=dtype)
+    assert found[0].dtype == torch.float32 and found[3].dtype == found[4].dtype == dtype
+    rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in case.items()}
+    assert_close(found, reference(rounded, Objective()), 3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+def test_loss_scale_carries_gradients_that_fp16_alone_would_lose(case: dict[str, Tensor]) -> None:
+    """Divided by a large number of tokens the gradient underflows fp16; under a loss scale nothing is lost."""
+    num_tokens, loss_scale = 1e7, 2.0**16
+    rounded = {n: tensor.half() if tensor.is_floating_point() else tensor for n, tensor in case.items()}
+    expected = reference(rounded, Objective())
+    lost = fused(case, Objective(), dtype=torch.float16, scale=1 / num_tokens)
+    kept = fused(case, Objective(), dtype=torch.float16, scale=loss_scale / num_tokens)
+    weight_gradient = kept[4].double() * (num_tokens / loss_scale)
+    assert (weight_gradient - expected[4]).norm() / expected[4].norm() < 1e-2
+    assert (lost[4].double() * num_tokens - expected[4]).norm() / expected[4].norm() > 0.1
+
+
+def test_tied_weight_gets_both_gradients(case: dict[str, Tensor]) -> None:
+    """Embedding and head are one parameter: its gradient is the sum of both uses, also on a second micro-batch."""
+    ids = torch.arange(N) % V
+
+    def gradient(use_fused: bool) -> Tensor:
+        embedding = torch.nn.Embedding.from_pretrained(case["student_weight"].float().clone(), freeze=False)
+        head = DistillationHead(embedding.weight, chunk_tokens=8)
+        assert head.weight is embedding.weight
+        for _ in range(2):
+            hidden = embedding(ids).tanh()
+            teacher = [case[f"teacher_{part}"].float() for part in ("hidden", "weight", "bias")]
+            if use_fused:
+                loss = head(hidden, case["labels"], *teacher)[0]
+            else:
+                logits = teacher[0] @ teacher[1].T + teacher[2]
+                kd, ce = distillation_loss_reference(hidden @ embedding.weight.T, logits, case["labels"], 2.0)
+                loss = kd + 0.1 * ce
+            (loss / 33).backward()
+        assert embedding.weight.grad is not None
+        return embedding.weight.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_call_leaves_the_first_gradient_alone(case: dict[str, Tensor]) -> None:
+    weight = torch.nn.Parameter(case["student_weight"].float())
+    head = DistillationHead(weight, temperature=1.0, kd_weight=0.0, ce_weight=1.0, chunk_tokens=8)
+    hidden = case["student_hidden"].float()
+    first = head(hidden, case["labels"])[0]
+    head(hidden * 3, case["labels"])
+    first.backward()
+    assert weight.grad is not None
+    expected = fused(case, Objective(1.0, 0.0, 1.0), with_teacher=False)[4]
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_evaluation_gives_the_values_alone(case: dict[str, Tensor]) -> None:
+    head = DistillationHead(torch.nn.Parameter(case["student_weight"].float()), chunk_tokens=8)
+    arguments = [case[n].float() for n in ("teacher_hidden", "teacher_weight", "teacher_bias")]
+    with torch.inference_mode():
+        inferred = head(case["student_hidden"].float(), case["labels"], *arguments)
+    trained = head(case["student_hidden"].float(), case["labels"], *arguments)
+    assert not inferred[0].requires_grad and trained[0].requires_grad and not trained[1].requires_grad
+    for a, b in zip(inferred, trained, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_second_backward_is_refused(case: dict[str, Tensor]) -> None:
+    weight = case["student_weight"].requires_grad_()
+    loss, _, _ = distillation_loss(case["student_hidden"], weight, case["labels"], objective=Objective(1.0, 0.0, 1.0))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        loss.backward()
+
+
+def test_memory_does_not_grow_with_the_tokens(case: dict[str, Tensor]) -> None:
+    workspace, held = Workspace(), []
+    for repeats in (1, 10):
+        distillation_loss(
+            case["student_hidden"].repeat(repeats, 1),
+            case["student_weight"],
+            case["labels"].repeat(repeats),
+            case["teacher_hidden"].repeat(repeats, 1),
+            case["teacher_weight"],
+            objective=Objective(),
+            chunk_tokens=16,
+            workspace=workspace,
+        )
+        held.append(workspace.num_bytes)
+    assert held[0] == held[1] <= 3 * 16 * V * 8

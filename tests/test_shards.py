@@ -1,0 +1,468 @@
+"""What is on disk decodes to the text, its bytes add up, and every topology is fed the same rows."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from daramgpt import curriculum
+from daramgpt.corpora import Document, ReadReport
+from daramgpt.curriculum import Reader
+from daramgpt.errors import UserError
+from daramgpt.recipe import Recipe, validate
+from daramgpt.run_directory import RunDirectory
+from daramgpt.shards import Feed, Shards, preparation, prepare
+from daramgpt.shards import writer as writer_module
+from daramgpt.shards.encode import Batch, Encoder
+from daramgpt.tokenizer import train_tokenizer
+
+CONTEXT_TOKENS = 16
+STAGES = (
+    ("first", "web", 6000, "sentence"),
+    ("second", "wiki", 3000, "paragraph"),
+    ("third", "web", 9000, "paragraph"),
+)
+
+
+def make_documents(source: str, count: int = 80) -> list[Document]:
+    return [
+        Document(
+            source,
+            str(number),
+            tuple(
+                (f"{source} 글 {number}의 {place}번째 문단이다.", "둘째 문장! 뷁 😀") for place in range(number % 4 + 1)
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+TEXTS = [piece for d in make_documents("web") for paragraph in d.paragraphs for piece in paragraph]
+
+
+def save(tokenizer: Tokenizer, folder: Path, eos: str | None) -> Path:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if eos:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of three lossless tokenizers, which each treat a separator differently."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_tokenizer(iter(TEXTS), 500, folder / "metaspace")
+
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    byte_level.train_from_iterator(TEXTS, trainer)
+
+    # The word mark is put before every text by the normalizer, even before a space.
+    prepending = Tokenizer.from_file(str(folder / "metaspace" / "tokenizer.json"))
+    prepending.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    prepending.pre_tokenizer = None
+    return {
+        "metaspace": folder / "metaspace",
+        "byte-level": save(byte_level, folder / "byte-level", None),
+        "prepending": save(prepending, folder / "prepending", "</s>"),
+    }
+
+
+KINDS = ("metaspace", "byte-level", "prepending")
+
+
+@pytest.fixture
+def corpora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with one file a corpus; what is in them is `make_documents`."""
+    folder = tmp_path / "corpora"
+    folder.mkdir()
+    for name in ("web", "wiki"):
+        (folder / name).write_text(name)
+
+    def read(name: str, format: str, paths: list[Path], report: ReadReport, strict: bool = False) -> Iterator[Document]:
+        for document in make_documents(name):
+            report.documents += 1
+            report.cleaned["masks"] += 1
+            if document.id == "3":
+                report.faults.append(f"{name}!3: cut short")
+            yield document
+
+    monkeypatch.setattr(curriculum.corpora, "locate", lambda folder, name, format: [folder / name])
+    monkeypatch.setattr(curriculum.corpora, "read", read)
+    return folder
+
+
+def make_recipe(corpora: Path, **changes: object) -> Recipe:
+    listed = [{"name": name, "corpus": corpus, "take": take, "unit": unit} for name, corpus, take, unit in STAGES]
+    return validate(
+        {
+            "name": "test",
+            "corpus": {"dir": str(corpora)},
+            "curriculum": {"stages": listed, "heldout_fraction": 0.05, **changes},
+            "loss": {"kd_weight": 0},
+        },
+        "test",
+    )
+
+
+def stage_tokens(shards: Shards, kind: str = "") -> list[np.ndarray]:
+    dtype = np.uint16 if shards.vocab_size <= 2**16 else np.uint32
+    return [
+        np.fromfile(shards.path / f"{number:02d}-{stage.name}{kind}.bin", dtype=dtype)
+        for number, stage in enumerate(shards.stages, 1)
+    ]
+
+
+def texts_of(tokens: np.ndarray, tokenizer: Tokenizer, eos_token_id: int) -> list[str]:
+    assert tokens[0] == tokens[-1] == eos_token_id
+    ends = np.flatnonzero(tokens == eos_token_id)
+    return [
+        tokenizer.decode(tokens[start + 1 : end].tolist(), skip_special_tokens=False)
+        for start, end in itertools.pairwise(ends)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_decode_to_the_texts_of_the_curriculum(kind: str, tokenizers: dict[str, Path], corpora: Path) -> None:
+    recipe, run = make_recipe(corpora), RunDirectory(corpora.parent / "run")
+    prepare(recipe, run, tokenizers[kind], CONTEXT_TOKENS, lambda line: None)
+    shards = Shards(run.shards)
+    tokenizer = Tokenizer.from_file(str(shards.tokenizer_dir / "tokenizer.json"))
+    reader = Reader(recipe, corpora)
+    for number, (stage, training, heldout) in enumerate(
+        zip(shards.stages, stage_tokens(shards), stage_tokens(shards, ".heldout"), strict=True)
+    ):
+        texts = list(reader.texts(number))
+        for tokens, wanted, num_bytes in (
+            (training, [text for text in texts if not text.heldout], stage.text_bytes),
+            (heldout, [text for text in texts if text.heldout], stage.heldout_text_bytes),
+        ):
+            assert wanted
+            decoded = texts_of(tokens, tokenizer, shards.eos_token_id)
+            assert decoded == ["".join(text.units) for text in wanted]
+            assert sum(len(text.encode()) for text in decoded) == num_bytes
+        assert stage.tokens == len(training) - 1
+        assert stage.num_rows == -(-stage.tokens // CONTEXT_TOKENS)
+        assert int(shards.streams[number].text_bytes.sum()) == stage.text_bytes
+        assert sum(batch[2] for batch in shards.heldout(stage.name)) == stage.heldout_text_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.text("가나다 .▲😀<s/>0xA1", min_size=1), min_size=1, max_size=4), min_size=1, max_size=5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_text_survives(kind: str, tokenizers: dict[str, Path], documents: list[list[str]]) -> None:
+    encoder = Encoder(tokenizers[kind])
+    batch, wanted = Batch([], []), []
+    for paragraphs in documents:
+        cleaned = [" ".join(paragraph.split()) or "끝" for paragraph in paragraphs]
+        wanted.append("\n".join(cleaned))
+        for place, paragraph in enumerate(cleaned, 1):
+            batch.units.append(("\n" if place > 1 else "") + paragraph)
+            batch.ends_text.append(place == len(cleaned))
+    encoded = encoder.encode(batch)
+    tokens = np.concatenate([[encoder.eos_token_id], encoded.token_ids])
+    assert texts_of(tokens, encoder.tokenizer, encoder.eos_token_id) == wanted
+    assert encoded.unit_bytes.sum() == sum(len(text.encode()) for text in wanted)
+    assert encoded.num_texts == len(documents) and encoded.unknown_bytes == 0
+
+
+def test_bytes_are_credited_to_the_row_that_predicts_the_last_token(
+    tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    encoder = Encoder(tokenizers["metaspace"])
+    units = ["web 글 하나다.", " 둘째 문장! 뷁 😀", "\n셋째", " 넷", " 다섯째 문장이다."] * 7
+    expected: Counter[int] = Counter()
+    with writer_module.StreamWriter(tmp_path, "x", encoder.eos_token_id, encoder.vocab_size, 4) as writer:
+        position = 0
+        for start in range(0, len(units), 3):
+            batch = Batch(units[start : start + 3], [False] * len(units[start : start + 3]))
+            encoded = encoder.encode(batch)
+            writer.append(encoded)
+            for unit in batch.units:
+                one = encoder.encode(Batch([unit], [False]))
+                position += len(one.token_ids)
+                # Token number `position` of the stream, whose token 0 is EOS, is target number position - 1.
+                expected[(position - 1) // 4] += len(unit.encode())
+        writer.finish()
+    credits = np.fromfile(tmp_path / "x.bytes", dtype=np.uint32)
+    assert len(credits) == writer.num_rows
+    assert {row: int(n) for row, n in enumerate(credits) if n} == dict(expected)
+
+
+def test_unknown_characters_are_counted_and_line_feeds_become_spaces(tmp_path: Path) -> None:
+    words = {"</s>": 0, "<unk>": 1, "▁첫째": 2, "▁문장입니다.": 3, "▁둘째": 4, "▁문장이다.": 5}
+    words |= {word: 6 + place for place, word in enumerate(["▁가나", "▁다.", "▁라", "▁in", "▁1997", "▁K리그"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    encoder = Encoder(save(tokenizer, tmp_path, None))
+    assert not encoder.keeps_line_feeds
+    encoded = encoder.encode(Batch(["첫째 문장이다.", "\n둘째 뷁", " 가나"], [False, False, True]))
+    assert encoded.token_ids.tolist() == [2, 5, 4, 1, 6, 0]
+    assert encoded.unknown_bytes == len(" 뷁".encode())
+
+
+def test_index_says_what_is_there(tokenizers: dict[str, Path], corpora: Path) -> None:
+    run, said = RunDirectory(corpora.parent / "run"), list[str]()
+    prepare(make_recipe(corpora), run, tokenizers["metaspace"], CONTEXT_TOKENS, said.append)
+    index = json.loads((run.shards / "index.json").read_text())
+    for name, file in index["files"].items():
+        assert (run.shards / name).stat().st_size == file["bytes"]
+    assert {path.name for path in run.shards.iterdir()} == {*index["files"], "index.json", "tokenizer"}
+    first, second, third = index["stages"]
+    assert [stage["name"] for stage in index["stages"]] == ["first", "second", "third"]
+    assert first["unit_bytes"] >= first["take_bytes"] == 6000
+    assert first["faults"] == ["web!3: cut short"] and second["faults"] == ["wiki!3: cut short"] and not third["faults"]
+    assert first["cleaned"]["masks"] + third["cleaned"].get("masks", 0) == 80
+    assert any("third" in line and "warning" in line for line in said)
+    masks = sum(stage["cleaned"].get("masks", 0) for stage in index["stages"])
+    assert f"cleaned: masks: {masks:,}" in said and "fault: wiki!3: cut short" in said
+    assert not run.shards.with_name("shards.partial").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".bytes")}
+
+
+@pytest.mark.parametrize("fatal_call", range(1, 8))
+def test_killed_and_started_again_gives_the_same_shards(
+    fatal_call: int, tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, whole = make_recipe(corpora), RunDirectory(corpora.parent / "run"), RunDirectory(corpora.parent / "o")
+    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 1500)
+    calls: list[str] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, batch: Batch) -> object:
+        calls.append(batch.units[0])
+        if len(calls) == fatal_call:
+            raise KeyboardInterrupt
+        return encode(self, batch)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    assert not run.shards.exists()
+    with pytest.raises(UserError, match="no shards"):
+        Shards(run.shards)
+    progress = run.path / "shards.partial" / "progress.json"
+    finished = len(json.loads(progress.read_text())["stages"]) if progress.exists() else 0
+    for path in (run.path / "shards.partial").glob(f"{finished + 1:02d}-*"):
+        path.write_bytes(b"left over from a kill")
+
+    calls[:] = ["-"] * 100
+    prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    again = len(calls)
+    calls[:] = ["-"] * 100
+    prepare(recipe, whole, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    assert files_of(run.shards) == files_of(whole.shards)
+    indexes = [json.loads((each.shards / "index.json").read_text()) for each in (run, whole)]
+    for key in ("files", "fingerprint"):
+        assert indexes[0][key] == indexes[1][key]
+    timeless = [
+        [{k: v for k, v in stage.items() if "second" not in k} for stage in index["stages"]] for index in indexes
+    ]
+    assert timeless[0] == timeless[1]
+    # Finished stages are not tokenised again.
+    assert (again < len(calls)) == (finished > 0)
+
+
+def test_the_same_again_does_nothing_and_anything_else_is_refused(
+    tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = make_recipe(corpora), RunDirectory(corpora.parent / "run")
+    tokenizer_dir = tokenizers["metaspace"]
+    prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, lambda line: None)
+    before, said = files_of(run.shards), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "encode", None)
+        prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, said.append)
+        # Neither the number of passes nor the order of rows is in the shards.
+        prepare(make_recipe(corpora, passes=3, order="shuffled"), run, tokenizer_dir, CONTEXT_TOKENS, said.append)
+    assert len(said) == 2 and all("complete" in line for line in said)
+    for key, refused in (
+        (
+            "curriculum.scale",
+            lambda: prepare(make_recipe(corpora, scale=0.5), run, tokenizer_dir, CONTEXT_TOKENS, print),
+        ),
+        ("context_tokens", lambda: prepare(recipe, run, tokenizer_dir, 32, print)),
+        ("tokenizer_sha256", lambda: prepare(recipe, run, tokenizers["byte-level"], CONTEXT_TOKENS, print)),
+    ):
+        with pytest.raises(UserError, match=key):
+            refused()
+    os.utime(corpora / "wiki", ns=(1, 1))
+    with pytest.raises(UserError, match="corpus file wiki"):
+        prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, print)
+    assert files_of(run.shards) == before
+
+
+def test_partial_shards_of_another_recipe_are_not_gone_on_with(tokenizers: dict[str, Path], corpora: Path) -> None:
+    run = RunDirectory(corpora.parent / "run")
+    partial = run.path / "shards.partial"
+    partial.mkdir(parents=True)
+    (partial / "progress.json").write_text(json.dumps({"fingerprint": {"curriculum.scale": 9}, "stages": [{}]}))
+    prepare(make_recipe(corpora), run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    assert [stage.name for stage in Shards(run.shards).stages] == ["first", "second", "third"]
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_taken_for_whole(
+    tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = make_recipe(corpora), RunDirectory(corpora.parent / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+        with pytest.raises(UserError, match=r"shards\.partial"):
+            prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, print)
+
+    write, written = writer_module.HashedFile.write, list[int]()
+
+    def full(self: writer_module.HashedFile, data: bytes) -> None:
+        written.append(len(data))
+        if sum(written) > 6000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module.HashedFile, "write", full)
+        with pytest.raises(UserError, match="No space left"):
+            prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, print)
+    assert not run.shards.exists()
+    prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    assert Shards(run.shards).num_rows > 0
+
+
+def test_a_stage_without_text_is_refused_by_name(tokenizers: dict[str, Path], corpora: Path) -> None:
+    with pytest.raises(UserError, match="corpus web for stage third"):
+        prepare(
+            make_recipe(corpora, scale=100),
+            RunDirectory(corpora.parent),
+            tokenizers["metaspace"],
+            16,
+            lambda line: None,
+        )
+
+
+def test_tokenizer_faults_are_named(tokenizers: dict[str, Path], corpora: Path, tmp_path: Path) -> None:
+    recipe, run = make_recipe(corpora), RunDirectory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        prepare(recipe, run, tmp_path, CONTEXT_TOKENS, print)
+    save(Tokenizer(models.WordLevel({"가": 0}, unk_token="가")), tmp_path / "no-eos", None)
+    with pytest.raises(UserError, match="end-of-sequence"):
+        prepare(recipe, run, tmp_path / "no-eos", CONTEXT_TOKENS, print)
+
+
+def test_a_file_of_another_size_is_noticed(tokenizers: dict[str, Path], corpora: Path) -> None:
+    run = RunDirectory(corpora.parent / "run")
+    prepare(make_recipe(corpora), run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    with (run.shards / "02-second.bin").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(UserError, match=r"02-second\.bin"):
+        Shards(run.shards)
+
+
+@pytest.fixture
+def shards(tokenizers: dict[str, Path], corpora: Path) -> Shards:
+    run = RunDirectory(corpora.parent / "run")
+    prepare(make_recipe(corpora), run, tokenizers["byte-level"], CONTEXT_TOKENS, lambda line: None)
+    return Shards(run.shards)
+
+
+def test_rows_hold_each_token_as_a_target_once(shards: Shards) -> None:
+    feed = Feed(shards, 1, 1, 0, 1, passes=1, seed=0)
+    assert feed.num_steps == shards.num_rows == sum(stage.num_rows for stage in shards.stages)
+    rows = [feed.batch(step, 0) for step in range(feed.num_steps)]
+    for stage, tokens in zip(shards.stages, stage_tokens(shards), strict=True):
+        own = rows[stage.first_row : stage.first_row + stage.num_rows]
+        labels = torch.cat([labels[0] for _, labels in own])
+        inputs = torch.cat([input_ids[0] for input_ids, _ in own])
+        assert labels[labels != -100].tolist() == tokens[1:].tolist()
+        assert inputs[labels != -100].tolist() == tokens[:-1].tolist()
+        assert set(inputs[labels == -100].tolist()) <= {shards.eos_token_id}
+        assert {feed.stage(row) for row in range(stage.first_row, stage.first_row + stage.num_rows)} == {stage.name}
+    assert sum(map(feed.num_targets, range(feed.num_steps))) == sum(stage.tokens for stage in shards.stages)
+    assert sum(map(feed.text_bytes, range(feed.num_steps))) == sum(stage.text_bytes for stage in shards.stages)
+
+
+@pytest.mark.parametrize("order", ["as-read", "shuffled"])
+def test_every_topology_is_fed_the_same_steps(shards: Shards, order: str) -> None:
+    def steps(world_size: int, micro_batch_rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        feeds = [Feed(shards, 12, micro_batch_rows, rank, world_size, 2, 5, order) for rank in range(world_size)]
+        found = []
+        for step in range(feeds[0].num_steps):
+            parts = [feed.batch(step, micro) for micro in range(feeds[0].micro_batches) for feed in feeds]
+            found.append((torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])))
+            assert feeds[0].num_targets(step) == int((found[-1][1] != -100).sum())
+        return found
+
+    reference = steps(1, 12)
+    assert len(reference) == -(-2 * shards.num_rows // 12)
+    for world_size, micro_batch_rows in ((1, 1), (1, 4), (2, 3), (3, 2), (4, 3), (12, 1)):
+        for (inputs, labels), (wanted_inputs, wanted_labels) in zip(
+            steps(world_size, micro_batch_rows), reference, strict=True
+        ):
+            assert torch.equal(inputs, wanted_inputs) and torch.equal(labels, wanted_labels)
+    missing = 12 * len(reference) - 2 * shards.num_rows
+    assert bool((reference[-1][1][12 - missing :] == -100).all())
+
+
+def test_shuffled_passes_permute_rows_within_their_stage(shards: Shards) -> None:
+    def order(seed: int) -> list[tuple[int, ...]]:
+        feed = Feed(shards, 1, 1, 0, 1, 2, seed, "shuffled")
+        return [tuple(feed.batch(step, 0)[1][0].tolist()) for step in range(feed.num_steps)]
+
+    straight = Feed(shards, 1, 1, 0, 1, 1, 0)
+    as_read = [tuple(straight.batch(step, 0)[1][0].tolist()) for step in range(straight.num_steps)]
+    shuffled = order(seed=1)
+    assert shuffled == order(seed=1) != order(seed=2)
+    passes = shuffled[: shards.num_rows], shuffled[shards.num_rows :]
+    assert passes[0] != passes[1]
+    for one_pass in passes:
+        for stage in shards.stages:
+            rows = slice(stage.first_row, stage.first_row + stage.num_rows)
+            assert one_pass[rows] != as_read[rows]
+            assert Counter(one_pass[rows]) == Counter(as_read[rows])
+
+
+def test_heldout_rows_come_in_batches(shards: Shards) -> None:
+    name = shards.stages[0].name
+    whole = list(shards.heldout(name, batch_rows=1000))
+    parts = list(shards.heldout(name, batch_rows=3))
+    assert len(whole) == 1 and len(parts) == -(-len(whole[0][0]) // 3)
+    assert torch.equal(torch.cat([part[1] for part in parts]), whole[0][1])
+    assert int((whole[0][1] != -100).sum()) == shards.stages[0].heldout_tokens
+    assert whole[0][0].dtype == whole[0][1].dtype == torch.int64
+
+
+def test_trained_tokenizer_loads_without_us_and_is_the_same_each_time(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for name in ("a", "b"):
+        train_tokenizer(iter(TEXTS), 400, tmp_path / name)
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer.eos_token == "</s>" and tokenizer.pad_token is None and len(tokenizer) <= 400
+    text = "web 글 하나다.\n뷁 쀍 😀 </s"
+    # Bytes are ordinary tokens: they survive where special ones are skipped.
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
