@@ -183,7 +183,7 @@ def status(
     run: RunOption = None,
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Exit 0 and say so only when all is done, else exit 3.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Exit 0 when all is done, else 3.")] = False,
 ) -> None:
     """Show how far a run is: each stage, each session."""
     from dataclasses import asdict

@@ -70,7 +70,8 @@ def _absolute(recipe: Recipe) -> Recipe:
     """Paths of this machine made absolute, so that a later command may run in another folder."""
     changes: dict[str, Any] = {}
     if recipe.corpus.dir:
-        changes["corpus"] = recipe.corpus.model_copy(update={"dir": str(Path(recipe.corpus.dir).expanduser().resolve())})
+        folder = str(Path(recipe.corpus.dir).expanduser().resolve())
+        changes["corpus"] = recipe.corpus.model_copy(update={"dir": folder})
     teacher = recipe.teacher
     if teacher is not None and teacher.model and Path(teacher.model).expanduser().is_dir():
         changes["teacher"] = teacher.model_copy(update={"model": str(Path(teacher.model).expanduser().resolve())})
@@ -157,14 +158,11 @@ def plan(recipe: Recipe, run: RunDirectory, console: Console, num_ranks: int | N
         missing = [part for part in _parts(recipe, run) if planner.read_plan(part[2]) is None]
         if missing:
             _make_plans(recipe, run, missing, machine, num_ranks)
+        console(f"machine: {machine.describe()}")
         for label, _, part_run in _parts(recipe, run):
-            console(f"{label}:")
             frozen = planner.read_plan(part_run)
             assert frozen is not None
-            planner.describe(frozen, console)
-        reasons = frozen["reasons"]
-    console("\n".join(f"{key}: {frozen[key]} ({reasons[key]})" for key in ("dtype", "ds_config")))
-    console(f"machine: {machine.describe()}")
+            planner.describe(label, frozen, console)
 
 
 def _make_plans(
@@ -186,24 +184,34 @@ def _make_plans(
     if dtype != chosen.dtype:
         reasons["dtype"] = "the ds_config says so"
         if fault := hardware.dtype_fault(machine, dtype):
-            raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config}: {chosen.reasons['ds_config']}")
+            reason = chosen.reasons["ds_config"]
+            raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config} ({reason})")
     precision = chosen.teacher_precision
     if recipe.teacher is not None and recipe.teacher.precision != "auto":
         precision, reasons["teacher_precision"] = recipe.teacher.precision, "the recipe or the command line says so"
     rate = planner.gemm_rate(dtype)
+    vocab_size = shards.vocab_size
+    if recipe.teacher is not None and recipe.teacher.model:
+        # An embedding may have more rows than the tokenizer has tokens; the student learns the teacher's logits.
+        vocab_size = planner.teacher_shape(_teacher_dir(recipe, run)).vocab_size
+        if vocab_size < shards.vocab_size:
+            raise UserError(
+                f"teacher.model: its tokenizer has {shards.vocab_size} tokens, its embedding {vocab_size} rows",
+                "give a model with the tokenizer it was trained with",
+            )
     world_size = num_ranks or max(1, len(machine.gpus))
     for _, part, part_run in parts:
         teacher_shape = None
         if part.teacher is not None and part.teacher.train is not None:
             train = part.teacher.train
-            teacher_shape = planner.ModelShape(train.n_embd, train.n_layer, shards.vocab_size, shards.context_tokens)
+            teacher_shape = planner.ModelShape(train.n_embd, train.n_layer, vocab_size, shards.context_tokens)
         elif part.teacher is not None:
             teacher_shape = planner.teacher_shape(_teacher_dir(part, run))
         planner.make_plan(
             part,
             part_run,
             context_tokens=shards.context_tokens,
-            vocab_size=shards.vocab_size,
+            vocab_size=vocab_size,
             num_rows=shards.num_rows,
             teacher=teacher_shape,
             memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes,
@@ -347,14 +355,15 @@ def _train_part(
 
 def _export_teacher(part: Recipe, part_run: RunDirectory, run: RunDirectory) -> None:
     """The trained teacher as a Hugging Face directory, from which it is loaded like any other."""
-    from daramgpt import checkpoint, export, student
+    from daramgpt import checkpoint, export
 
     saved = checkpoint.newest(part_run.checkpoints)
     assert saved is not None
-    shards = _shards(run)
-    model = student.build(part.student, shards.vocab_size, shards.context_tokens, shards.eos_token_id, part.seed)
-    model.load_state_dict(saved.weights(), strict=False)
-    export.save_model(model, shards.tokenizer_dir, part_run.export)
+    record = {"checkpoint_sha256": saved.sha256}
+    if not export.stands(part_run.export, record):
+        tokenizer_dir = _shards(run).tokenizer_dir
+        model = export.restore_student(part.student, saved.weights(), tokenizer_dir)
+        export.save_model(model, tokenizer_dir, part_run.export, record=record)
 
 
 def _teacher_dir(recipe: Recipe, run: RunDirectory) -> Path:

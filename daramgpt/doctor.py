@@ -156,7 +156,7 @@ def _eight_bit(recipe: Recipe, machine: Machine) -> Iterator[Check]:
         weight = torch.randn(64, 64, generator=generator)
         inputs = torch.randn(4, 64, generator=generator).to(machine.device)
         expected = inputs.cpu() @ weight.T
-        layer = teacher._eight_bit_linear(weight, None, precision).to(machine.device)
+        layer = teacher.eight_bit_linear(weight, None, precision).to(machine.device)
         error_size = ((layer(inputs).cpu() - expected).norm() / expected.norm()).item()
     except Exception as error:  # a broken native library raises whatever it likes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -195,7 +195,7 @@ class Distiller:
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        weights, exp_avg, exp_avg_sq = {}, {}, {}
+        groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
         for name, parameter in self.module.named_parameters():
             states = self._own_state(parameter)
             if states is None:
@@ -203,13 +203,13 @@ class Distiller:
                 values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
             else:
                 values = [parameter.detach(), states["exp_avg"], states["exp_avg_sq"]]
-            for group, value in zip((weights, exp_avg, exp_avg_sq), values, strict=True):
+            for group, value in zip(groups.values(), values, strict=True):
                 # Without a clone a CPU tensor would change under the writer.
                 group[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state()
-        return {"weights": weights, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "rng": rng}
+        return {**groups, "rng": rng}
 
     def restore(self, tensors: dict[str, dict[str, torch.Tensor]], steps: int, loss_scaler: dict[str, Any]) -> None:
         """Put back what `gather` and `loss_scaler` gave; the student was built with the saved weights.
@@ -308,9 +308,8 @@ def _single_process_environment() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", str(port))
-    )
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
 
 
 def _client_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:

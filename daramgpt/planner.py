@@ -157,7 +157,8 @@ def make_plan(
             )
         largest = max(1, CPU_MICRO_BATCH_TOKENS // context_tokens) if dtype == "fp32" else rows_a_rank
         # Divisors leave no micro-batch part empty.
-        rows = max(r for r in range(1, rows_a_rank + 1) if rows_a_rank % r == 0 and r <= largest and fits(r) or r == 1)
+        divisors = [divisor for divisor in range(1, rows_a_rank + 1) if rows_a_rank % divisor == 0]
+        rows = max(divisor for divisor in divisors if divisor == 1 or (divisor <= largest and fits(divisor)))
     tokens = rows * context_tokens
     num_steps = -(-num_rows * recipe.curriculum.passes // batch_rows)
     flops = step_flops(student, teacher, context_tokens)
@@ -211,10 +212,11 @@ def read_plan(run: RunDirectory) -> dict[str, Any] | None:
     return plan
 
 
-def describe(plan: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Print a plan for people."""
+def describe(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Print the plan of the training called `label`, for people."""
     predicted = plan["predicted"]
     rows, context = plan["micro_batch_rows"], plan["context_tokens"]
+    say(f"{label}:")
     say(
         f"  {plan['num_steps']:,} steps of {plan['batch_rows']} rows of {context} tokens, "
         f"{rows} rows ({rows * context:,} tokens) a forward pass, loss {plan['loss_chunk_tokens']:,} tokens at a time"
@@ -228,6 +230,9 @@ def describe(plan: dict[str, Any], say: Callable[[str], None]) -> None:
         f"  {predicted['model_flops_per_token'] / 1e6:,.1f} MFLOP a token; at this device's "
         f"{predicted['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s no less than {predicted['fewest_hours']:.3f} hours"
     )
+    for key in ("dtype", "teacher_precision", "ds_config"):
+        if plan[key] is not None:
+            say(f"  {key}: {plan[key]} ({plan['reasons'][key]})")
 
 
 def gemm_rate(dtype: str, seconds: float = 0.5) -> float:

@@ -104,18 +104,13 @@ class TrainingDisplay:
         if self.shown:
             self._metrics.close()
 
-    def step(self, entry: dict[str, Any], seconds_left: float) -> None:
-        """Show and write one step.
-
-        Args:
-            entry: a line of ``metrics.jsonl``.
-            seconds_left: of training, to the end of the run.
-        """
+    def step(self, entry: dict[str, Any]) -> None:
+        """Show and write one step; `entry` is a line of ``metrics.jsonl``."""
         if not self.shown:
             return
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()
-        line = self._line(entry, seconds_left)
+        line = self._line(entry)
         now = time.monotonic()
         if self._live:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
@@ -126,11 +121,12 @@ class TrainingDisplay:
             else:
                 self.console(line)
 
-    def _line(self, entry: dict[str, Any], seconds_left: float) -> str:
+    def _line(self, entry: dict[str, Any]) -> str:
         parts = [f"{self.label}: step {entry['step']}/{self.num_steps}", entry["stage"], f"loss {entry['loss']:.3f}"]
         if entry["kd"]:
             parts.append(f"kd {entry['kd']:.3f}")
-        parts += [f"ce {entry['ce']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s", f"{duration(seconds_left)} left"]
+        parts += [f"ce {entry['ce']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+        parts.append(f"{duration(3600 * entry['hours_left'])} left")
         return "  ".join(parts)
 
 

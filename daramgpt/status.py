@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -94,8 +95,8 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
     missing = []
     if not (run.shards / "index.json").is_file():
         missing.append("prepare")
-    parts = [name for name, wanted in (("teacher", _trains_teacher(stored)), ("baseline", _has_baseline(stored))) if wanted]
-    for name in parts:
+    trains_teacher = stored.teacher is not None and stored.teacher.train is not None
+    for name in ["teacher"] * trains_teacher + ["baseline"] * stored.evaluation.baseline:
         part = run.part(name)
         part_step = int((checkpoint.newest_state(part.checkpoints) or {}).get("step", 0))
         if part_step < int(_json(part.plan).get("num_steps", 1)):
@@ -110,14 +111,6 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
     if not run.report.is_file():
         missing.append("report")
     return missing
-
-
-def _trains_teacher(stored: Recipe) -> bool:
-    return stored.teacher is not None and stored.teacher.train is not None
-
-
-def _has_baseline(stored: Recipe) -> bool:
-    return stored.evaluation.baseline
 
 
 def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageStatus]:
@@ -174,13 +167,10 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
     return result
 
 
-def columns(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def columns(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows of text in aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(headings, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in (headings, *rows)
-    ]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (headings, *rows)]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ the head, the embeddings and the norms keep the compute dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,8 +115,10 @@ def load(
         UserError: not a causal language model, or weights missing or broken.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    device = device or torch.device("cpu")
+    disable_progress_bar()
+    device or torch.device("cpu")
     if precision in DTYPES:
         compute_dtype = DTYPES[precision]
     elif precision not in EIGHT_BIT:
@@ -134,7 +137,7 @@ def load(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if precision in EIGHT_BIT:
         _quantise_blocks(model, head, precision)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     return Teacher(
         model=model,
         head_weight=head.weight.detach(),
@@ -163,14 +166,14 @@ def _quantise_blocks(model: nn.Module, head: nn.Module, precision: str) -> None:
                 continue
             # GPT-2's Conv1D keeps its weight as [in, out].
             weight = child.weight.data.T if isinstance(child, Conv1D) else child.weight.data
-            setattr(parent, name, _eight_bit_linear(weight.contiguous(), child.bias, precision))
+            setattr(parent, name, eight_bit_linear(weight.contiguous(), child.bias, precision))
 
 
-def _eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> nn.Module:
+def eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> nn.Module:
     """A frozen ``Linear8bitLt`` that holds `weight` [out, in] as int8 rows with fp32 row scales."""
     import bitsandbytes as bnb
 
-    kind = weight_only_linear() if precision == "int8" else bnb.nn.Linear8bitLt
+    kind = _weight_only_linear() if precision == "int8" else bnb.nn.Linear8bitLt
     layer = kind(
         weight.shape[1],
         weight.shape[0],
@@ -180,33 +183,30 @@ def _eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision
         threshold=0.0 if precision == "int8" else 6.0,
         device="meta",
     )
-    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)  # type: ignore[misc]
     if bias is not None:
         layer.bias = nn.Parameter(bias.data, requires_grad=False)
     return layer.requires_grad_(False)
 
 
-def weight_only_linear() -> type[nn.Module]:
+@cache
+def _weight_only_linear() -> type[nn.Module]:
     """The weight-only forward over bitsandbytes' storage; made on first use, as importing bitsandbytes is slow."""
-    global _WeightOnlyLinear
-    if _WeightOnlyLinear is None:
-        import bitsandbytes as bnb
+    import bitsandbytes as bnb
 
-        class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
-            """``Linear8bitLt`` whose int8 rows are dequantised into the product; activations keep their dtype."""
+    class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
+        """``Linear8bitLt`` whose int8 rows are dequantised into the product; activations keep their dtype."""
 
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                rows, scales = self.weight.data, self.weight.SCB
-                weight = _buffer(rows.shape, x.dtype, x.device)
-                weight.copy_(rows)
-                weight.mul_((scales / 127.0).to(x.dtype).unsqueeze(1))
-                return nn.functional.linear(x, weight, self.bias)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, scales = self.weight.data, self.weight.SCB  # type: ignore[attr-defined]
+            weight = _buffer(rows.shape, x.dtype, x.device)
+            weight.copy_(rows)
+            weight.mul_((scales / 127.0).to(x.dtype).unsqueeze(1))
+            return nn.functional.linear(x, weight, self.bias)
 
-        _WeightOnlyLinear = WeightOnlyLinear8bit
-    return _WeightOnlyLinear
+    return WeightOnlyLinear8bit
 
 
-_WeightOnlyLinear: type[nn.Module] | None = None
 _buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 

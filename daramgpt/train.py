@@ -75,16 +75,16 @@ class Clock:
     used_before: float
     tokens_before: int
     save_seconds: float = 1.0
-    step_seconds: float = 0.0
+    token_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def stepped(self, seconds: float) -> None:
-        """Average the duration of steps, the newest ones weighing most."""
-        weight = 1.0 if not self.step_seconds else 1 / SPEED_WINDOW_STEPS
-        self.step_seconds += weight * (seconds - self.step_seconds)
+    def stepped(self, seconds: float, num_tokens: int) -> None:
+        """Average the seconds a token of the steps, the newest ones weighing most."""
+        weight = 1.0 if not self.token_seconds else 1 / SPEED_WINDOW_STEPS
+        self.token_seconds += weight * (seconds / num_tokens - self.token_seconds)
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, num_steps: int) -> float:
@@ -135,7 +135,7 @@ def train(
         console(f"{label}: all {num_steps:,} steps are trained")
         return "done"
     model = student.build(
-        recipe.student, shards.vocab_size, shards.context_tokens, shards.eos_token_id, recipe.seed
+        recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
     if saved:
         console(f"{label}: goes on from step {position['step']:,} of {num_steps:,} ({saved.path.name})")
@@ -189,6 +189,7 @@ def _loop(
     if distiller.is_first:
         ledger.start(machine, position["step"], position["tokens"])
     num_steps, saved_step, saved_at, reason = plan["num_steps"], position["step"], time.monotonic(), None
+    step_tokens = plan["batch_rows"] * plan["context_tokens"]
     budget_seconds = 3600 * recipe.budget.budget_hours - clock.used_before
 
     def save() -> None:
@@ -205,8 +206,8 @@ def _loop(
             while position["step"] < num_steps:
                 entry = _step(recipe, plan, feed, distiller, position, clock)
                 if entry is not None:
-                    display.step(entry, clock.step_seconds * (num_steps - position["step"]))
-                needed = clock.step_seconds + SAVE_MARGIN * clock.save_seconds
+                    display.step(entry)
+                needed = clock.token_seconds * step_tokens + SAVE_MARGIN * clock.save_seconds
                 asked = stop.reason(needed) or ("deadline" if clock.seconds + needed > budget_seconds else None)
                 # Every rank takes the same decision, whoever was asked.
                 if distiller.any_rank(asked is not None):
@@ -246,7 +247,8 @@ def _step(
         )
     position["step"] += 1
     position["tokens"] += num_targets
-    clock.stepped(time.monotonic() - start)
+    clock.stepped(time.monotonic() - start, num_targets)
+    step_tokens = plan["batch_rows"] * plan["context_tokens"]
     left = plan["num_steps"] - position["step"]
     return {
         "step": position["step"],
@@ -259,10 +261,10 @@ def _step(
         "grad_norm": result.grad_norm,
         "loss_scale": distiller.loss_scale(),
         "skipped_steps": position["skipped_steps"],
-        "tokens_per_second": num_targets / clock.step_seconds,
+        "tokens_per_second": 1 / clock.token_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "hours_used": (clock.used_before + clock.seconds) / 3600,
-        "hours_left": clock.step_seconds * left / 3600,
+        "hours_left": clock.token_seconds * step_tokens * left / 3600,
     }
 
 
@@ -271,5 +273,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

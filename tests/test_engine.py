@@ -62,9 +62,7 @@ def batches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make_distiller(config: str, teacher: Teacher | None, log: Path, model: Any = None) -> Distiller:
-    return Distiller(
-        model or make_student(), LOSS, OPTIMIZER, CONFIGS[config], ROWS // MICRO, MICRO, 7, teacher, log
-    )
+    return Distiller(model or make_student(), LOSS, OPTIMIZER, CONFIGS[config], ROWS // MICRO, MICRO, 7, teacher, log)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +96,7 @@ def plain_losses(teacher: Teacher) -> list[float]:
 
 
 def run_steps(distiller: Distiller, first: int, last: int) -> list[float]:
-    results = [
-        distiller.step(batches(step), num_targets(step), OPTIMIZER.learning_rate) for step in range(first, last)
-    ]
+    results = [distiller.step(batches(step), num_targets(step), OPTIMIZER.learning_rate) for step in range(first, last)]
     return [LOSS.kd_weight * result.kd + LOSS.ce_weight * result.ce for result in results]
 
 
