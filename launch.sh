@@ -27,7 +27,7 @@ fail() { echo "launch.sh: $1" >&2; exit 2; }
 # --- The command line. Paths stay as they were given: they are relative to the folder you are in. ---
 
 recipe='' extra='' dry_run='' wheels=''
-common=() training=() overrides=()
+common=() ranks=() session=() overrides=()
 while (($#)); do
     option=$1; shift
     if [[ $option == --*=* ]]; then set -- "${option#*=}" "$@"; option=${option%%=*}; fi
@@ -36,7 +36,8 @@ while (($#)); do
         (($#)) && [[ $1 && $1 != --* ]] || fail "$option needs a value; see bash launch.sh --help"
         case $option in
         --wheels) [[ -d $1 ]] || fail "--wheels $1: no such folder; name one that holds wheels"; wheels=$(cd "$1" && pwd) ;;
-        --num-gpus | --hostfile) training+=("$option" "$1") ;;
+        --hours) session+=("$option" "$1") ;;
+        --num-gpus | --hostfile) ranks+=("$option" "$1") ;;
         --set) common+=("$option" "$1") overrides+=("$1") ;;
         --ds-config) common+=("$option" "$1") overrides+=("engine.ds_config=$1") ;;
         *) common+=("$option" "$1") ;;
@@ -104,7 +105,8 @@ if [[ -n $dry_run ]]; then
     if [[ -n $extra ]]; then echo "  python -m pytest $(printf '%q ' "$@")"; exit 0; fi
     for command in doctor prepare plan train evaluate export report; do
         options=("${common[@]}")
-        if [[ $command == plan || $command == train ]]; then options+=("${training[@]}"); fi
+        if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
+        if [[ $command == train ]]; then options+=("${session[@]}"); fi
         echo "  python -m daramgpt $(printf '%q ' "$command" "$recipe" "${options[@]}")"
     done
     exit 0
@@ -194,7 +196,8 @@ if ((code != 3)); then exit "$code"; fi # 0: all is done, and it said so; 3: the
 
 for command in doctor prepare plan train evaluate export report; do
     options=("${common[@]}")
-    if [[ $command == plan || $command == train ]]; then options+=("${training[@]}"); fi
+    if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
+    if [[ $command == train ]]; then options+=("${session[@]}"); fi
     code=0
     daramgpt "$command" "$recipe" "${options[@]}" || code=$?
     # 143: ended by our SIGTERM itself; what a command has done so far is kept, and the next run goes on from it.

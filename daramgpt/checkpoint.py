@@ -80,6 +80,11 @@ def save(checkpoints: Path, distiller: Distiller, state: dict[str, Any], keep: i
             prune(checkpoints, keep)
         except UserError as caught:
             error = caught
+        except OSError as fault:
+            error = UserError(
+                f"{checkpoints}: an older checkpoint could not be removed: {fault}",
+                "see that this folder can be written and run the same command again",
+            )
     if distiller.any_rank(error is not None):
         raise error or UserError("the first rank could not save", "see its line")
     return path
@@ -154,7 +159,7 @@ def newest_state(checkpoints: Path) -> dict[str, Any] | None:
     for path in _steps(checkpoints):
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(state, dict):
             return state
@@ -177,7 +182,7 @@ def _verify(path: Path) -> tuple[str | None, str]:
         return None, files["weights.safetensors"]["sha256"]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing", ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})", ""
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="daramgpt",
     help="Distil a large Korean GPT into a small one on hardware people get for free.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -45,17 +44,22 @@ def _begin(
     recipe: str,
     corpus: Path | None,
     ds_config: str | None,
-    hours: float | None,
     run: Path | None,
     settings: list[str] | None,
     keeps_log: bool = True,
 ) -> tuple[Recipe, RunDirectory, Console]:
     from daramgpt import commands
+    from daramgpt.errors import UserError
     from daramgpt.progress import Console
 
-    resolved, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
     if keeps_log:
-        directory.path.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--run: {directory.path} cannot be made ({error.strerror})", "give a folder that can be written"
+            ) from None
     return resolved, directory, Console(directory.log if keeps_log else None)
 
 
@@ -64,14 +68,13 @@ def doctor(
     recipe: RecipeArgument = "quickstart",
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
 ) -> None:
     """Check this machine and what the recipe names; exit 2 when something blocks the run."""
     from daramgpt import commands
 
-    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings, keeps_log=False)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, keeps_log=False)
     if not commands.doctor(resolved, directory, console):
         raise typer.Exit(2)
 
@@ -81,14 +84,13 @@ def prepare(
     recipe: RecipeArgument,
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
 ) -> None:
     """Read the corpora in the order of the curriculum and write token shards."""
     from daramgpt import commands
 
-    commands.prepare(*_begin(recipe, corpus, ds_config, hours, run, settings))
+    commands.prepare(*_begin(recipe, corpus, ds_config, run, settings))
 
 
 @app.command()
@@ -96,7 +98,6 @@ def plan(
     recipe: RecipeArgument,
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
     num_gpus: NumGpusOption = None,
@@ -105,7 +106,7 @@ def plan(
     """Choose micro-batch, precision and schedule, predict memory and hours, and freeze them in plan.json."""
     from daramgpt import commands
 
-    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     commands.plan(resolved, directory, console, commands.num_ranks(num_gpus, hostfile))
 
 
@@ -123,8 +124,8 @@ def train(
     """Train, from the newest checkpoint on, until the end, the deadline, or a signal."""
     from daramgpt import commands
 
-    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
-    commands.train_on_ranks(resolved, directory, console, sys.argv[1:], hostfile)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
+    commands.train_on_ranks(resolved, directory, console, hours, sys.argv[1:], hostfile)
 
 
 @app.command()
@@ -132,14 +133,13 @@ def evaluate(
     recipe: RecipeArgument,
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
 ) -> None:
     """Measure teacher and student on held-out text, and let them continue the prompts."""
     from daramgpt import evaluation
 
-    resolved, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     evaluation.evaluate(resolved, directory, console)
 
 
@@ -148,14 +148,13 @@ def export(
     recipe: RecipeArgument,
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
 ) -> None:
     """Write the student as a Hugging Face directory with a model card."""
     from daramgpt import export as exporter
 
-    exporter.export(*_begin(recipe, corpus, ds_config, hours, run, settings))
+    exporter.export(*_begin(recipe, corpus, ds_config, run, settings))
 
 
 @app.command()
@@ -163,14 +162,13 @@ def report(
     recipe: RecipeArgument,
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
 ) -> None:
     """Write report.html from what the run has recorded."""
     from daramgpt import report as reporter
 
-    _, directory, console = _begin(recipe, corpus, ds_config, hours, run, settings)
+    _, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     reporter.write(directory, console)
 
 
@@ -179,7 +177,6 @@ def status(
     recipe: RecipeArgument = "quickstart",
     corpus: CorpusOption = None,
     ds_config: DsConfigOption = None,
-    hours: HoursOption = None,
     run: RunOption = None,
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -191,7 +188,7 @@ def status(
     from daramgpt import commands
     from daramgpt import status as statuses
 
-    _, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    _, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
     found = statuses.read(directory)
     if quiet:
         if found.state != "done":
@@ -240,18 +237,18 @@ def train_rank(
     from daramgpt import commands
     from daramgpt.progress import Console
 
-    resolved, directory = commands.resolve(recipe, corpus, ds_config, hours, run, settings)
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
     is_first = os.environ["RANK"] == "0"
-    commands.train(resolved, directory, Console(directory.log, silent=not is_first))
+    commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours)
 
 
 def main() -> None:
     """Run a command and turn what goes wrong into exit codes."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    sys.exit(_guarded(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))
 
 
 def _guarded(run: Callable[[], Any]) -> int:
-    import click
+    from typer.exceptions import TyperException
 
     from daramgpt.errors import UserError
 
@@ -260,10 +257,10 @@ def _guarded(run: Callable[[], Any]) -> int:
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _refuse(str(error))
-    except click.ClickException as error:
-        # Usage errors: click's own line names the option.
+    except TyperException as error:
+        # Usage errors: typer's own line names the option.
         return _refuse(f"{error.format_message()}; see python -m daramgpt --help")
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _refuse("interrupted; what was saved before stays, the same command goes on from there")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):

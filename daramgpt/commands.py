@@ -34,7 +34,6 @@ def resolve(
     source: str,
     corpus: Path | None = None,
     ds_config: str | None = None,
-    hours: float | None = None,
     run_path: Path | None = None,
     settings: list[str] | None = None,
 ) -> tuple[Recipe, RunDirectory]:
@@ -46,18 +45,17 @@ def resolve(
     Raises:
         UserError: the recipe is at fault, or differs from the run's.
     """
-    session = [] if hours is None else [f"budget.session_hours={hours}"]
-    shaping = [*(settings or [])]
+    overrides = [*(settings or [])]
     if corpus is not None:
-        shaping.append(f"corpus.dir={json.dumps(str(corpus), ensure_ascii=False)}")
+        overrides.append(f"corpus.dir={json.dumps(str(corpus), ensure_ascii=False)}")
     if ds_config is not None:
-        shaping.append(f"engine.ds_config={json.dumps(ds_config, ensure_ascii=False)}")
-    recipe = _absolute(recipes.load(source, shaping + session))
+        overrides.append(f"engine.ds_config={json.dumps(ds_config, ensure_ascii=False)}")
+    recipe = _absolute(recipes.load(source, overrides))
     run = RunDirectory((run_path or Path("runs") / recipe.name).absolute())
     if run.recipe.is_file():
         stored = recipes.load(str(run.recipe))
-        if not shaping:
-            return stored.model_copy(update={"budget": recipe.budget if session else stored.budget}), run
+        if not overrides:
+            return stored, run
         if changed := recipes.differences(stored, recipe):
             raise UserError(
                 f"{run.recipe}: that run was begun with other settings: {'; '.join(changed)}",
@@ -226,13 +224,19 @@ def _make_plans(
 
 
 def train_on_ranks(
-    recipe: Recipe, run: RunDirectory, console: Console, arguments: list[str], hostfile: Path | None
+    recipe: Recipe,
+    run: RunDirectory,
+    console: Console,
+    hours: float | None,
+    arguments: list[str],
+    hostfile: Path | None,
 ) -> None:
     """Train in this process, or where the plan has several ranks, in as many that DeepSpeed's launcher starts.
 
     Args:
         recipe, run: as from `resolve`.
         console: for lines.
+        hours: as from `train`.
         arguments: of the command line, ``train`` first; the ranks get them too.
         hostfile: DeepSpeed's, of several machines.
 
@@ -248,7 +252,7 @@ def train_on_ranks(
     with locked(run):
         run.stop_request.unlink(missing_ok=True)
         if frozen["world_size"] == 1 and hostfile is None:
-            train(recipe, run, console)
+            train(recipe, run, console, hours)
             return
         where = ["--hostfile", str(hostfile)] if hostfile else ["--num_accelerators", str(frozen["world_size"])]
         launcher = [str(Path(sys.executable).with_name("deepspeed")), *where, "--no_local_rank", "--module"]
@@ -297,8 +301,13 @@ def run_directory(source: str, run_path: Path | None) -> RunDirectory:
     return RunDirectory(run_path.absolute() if run_path else (Path("runs") / recipes.load(source).name).absolute())
 
 
-def train(recipe: Recipe, run: RunDirectory, console: Console) -> str:
+def train(recipe: Recipe, run: RunDirectory, console: Console, hours: float | None) -> str:
     """Train the run and its parts on this rank, as far as the session goes.
+
+    Args:
+        recipe, run: as from `resolve`.
+        console: for lines.
+        hours: of this session; None = as the recipe says.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``.
@@ -306,7 +315,7 @@ def train(recipe: Recipe, run: RunDirectory, console: Console) -> str:
     from daramgpt import planner
     from daramgpt.train import StopRequest
 
-    stop = StopRequest(_deadline(recipe), run.stop_request)
+    stop = StopRequest(_deadline(recipe.budget.session_hours if hours is None else hours), run.stop_request)
     stop.listen()
     machine = hardware.detect()
     for label, part, part_run in _parts(recipe, run):
@@ -376,12 +385,11 @@ def _teacher_dir(recipe: Recipe, run: RunDirectory) -> Path:
     return run.part("teacher").export
 
 
-def _deadline(recipe: Recipe) -> float | None:
-    """Unix time at which the session is over; ``launch.sh`` says when it began."""
-    if recipe.budget.session_hours is None:
+def _deadline(hours: float | None) -> float | None:
+    """Unix time at which a session of so many hours is over; ``launch.sh`` says when it began."""
+    if hours is None:
         return None
-    began = float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
-    return began + 3600 * recipe.budget.session_hours
+    return float(os.environ.get("DARAMGPT_SESSION_START") or time.time()) + 3600 * hours
 
 
 def _shards(run: RunDirectory) -> Shards:

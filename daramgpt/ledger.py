@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Ledger:
         self._number = 0
 
     def start(self, machine: str, step: int, tokens: int) -> None:
-        self._number = len(sessions(self.path)) + 1
+        # Not their number: one whose start was damaged is not among them.
+        self._number = max((session.number for session in sessions(self.path)), default=0) + 1
         self._append("start", machine=machine, step=step, tokens=tokens, seconds=0.0)
 
     def beat(self, step: int, tokens: int, seconds: float) -> None:
@@ -76,7 +78,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file of JSON objects, in order; broken ones are passed over."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in text.splitlines():
         try:
@@ -94,14 +96,16 @@ def sessions(path: Path) -> list[Session]:
         try:
             number, step, tokens = int(entry["session"]), int(entry["step"]), int(entry["tokens"])
             if entry["event"] == "start":
-                machine = str(entry["machine"])
-                found[number] = Session(number, float(entry["time"]), machine, step, step, tokens, 0.0, "died")
+                machine, started = str(entry["machine"]), float(entry["time"])
+                # Refuses a time that no calendar has.
+                datetime.fromtimestamp(started)
+                found[number] = Session(number, started, machine, step, step, tokens, 0.0, "died")
             elif number in found:
                 session = found[number]
                 session.step, session.tokens, session.seconds = step, tokens, float(entry["seconds"])
                 if entry["event"] == "end":
                     session.reason = str(entry["reason"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError, OSError):
             continue
     return list(found.values())
 

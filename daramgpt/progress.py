@@ -17,7 +17,6 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.live import Live
-from rich.markup import escape
 from rich.text import Text
 
 from daramgpt.ledger import entries
@@ -37,7 +36,7 @@ class Console:
 
     def __init__(self, log: Path | None = None, silent: bool = False) -> None:
         self.log, self.silent = log, silent
-        self.rich = RichConsole(highlight=False, soft_wrap=True)
+        self.rich = RichConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
         if log is not None:
             _route_libraries(log)
 
@@ -45,7 +44,7 @@ class Console:
         """Print a line (or several), and keep it."""
         if self.silent:
             return
-        self.rich.print(escape(text))
+        self.rich.print(text)
         self.keep(text)
 
     def keep(self, text: str) -> None:

@@ -11,6 +11,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,14 +35,14 @@ def parse_bytes(value: Any) -> Any:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B)\s*", value, re.IGNORECASE)
     if not match:
         raise ValueError(f'a size such as "600MB" is needed, not "{value}"')
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(Decimal(match[1]) * UNITS[match[2].upper()])
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Corpus(Section):
@@ -276,7 +277,8 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key first: the key that it leaves missing is the same fault.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(first["loc"][-1]), _keys_beside(first["loc"]), n=1)
@@ -334,14 +336,25 @@ def _toml_lines(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     }
     for key, value in table.items():
         if key not in tables and key not in arrays:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
     for key, value in tables.items():
-        yield f"\n[{'.'.join((*path, key))}]"
-        yield from _toml_lines(value, (*path, key))
+        name = (*path, _toml_key(key))
+        yield f"\n[{'.'.join(name)}]"
+        yield from _toml_lines(value, name)
     for key, items in arrays.items():
+        name = (*path, _toml_key(key))
         for item in items:
-            yield f"\n[[{'.'.join((*path, key))}]]"
-            yield from _toml_lines(item, (*path, key))
+            yield f"\n[[{'.'.join(name)}]]"
+            yield from _toml_lines(item, name)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    # JSON is TOML here but for one control character, which JSON leaves as it is and TOML forbids.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -63,24 +63,26 @@ def read(run: RunDirectory) -> Status:
     position = checkpoint.newest_state(run.checkpoints) or {}
     plan = _json(run.plan)
     found = sessions(run.ledger)
-    step, num_steps = int(position.get("step", 0)), int(plan.get("num_steps", 0))
+    step, num_steps = _count(position, "step"), _count(plan, "num_steps")
+    parts = (run, run.part("teacher"), run.part("baseline"))
+    latest = max((one for part in parts for one in sessions(part.ledger)), key=lambda one: one.started, default=None)
     missing = _missing(stored, run, step, num_steps)
     if is_locked(run):
         state = "running"
     elif not missing:
         state = "done"
-    elif not found:
+    elif latest is None:
         state = "new"
-    elif found[-1].reason in ("deadline", "interrupted"):
-        state = found[-1].reason
+    elif latest.reason in ("deadline", "interrupted"):
+        state = latest.reason
     else:
-        state = "interrupted" if found[-1].reason == "done" else "dead"
+        state = "interrupted" if latest.reason == "done" else "dead"
     return Status(
         state=state,
         step=step,
         num_steps=num_steps,
-        tokens=int(position.get("tokens", 0)),
-        skipped_steps=int(position.get("skipped_steps", 0)),
+        tokens=_count(position, "tokens"),
+        skipped_steps=_count(position, "skipped_steps"),
         stages=_stages(run, plan, step),
         sessions=found,
         hours_used=sum(session.seconds for session in found) / 3600,
@@ -98,8 +100,8 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
     trains_teacher = stored.teacher is not None and stored.teacher.train is not None
     for name in ["teacher"] * trains_teacher + ["baseline"] * stored.evaluation.baseline:
         part = run.part(name)
-        part_step = int((checkpoint.newest_state(part.checkpoints) or {}).get("step", 0))
-        if part_step < int(_json(part.plan).get("num_steps", 1)):
+        part_step = _count(checkpoint.newest_state(part.checkpoints) or {}, "step")
+        if part_step < _count(_json(part.plan), "num_steps", default=1):
             missing.append(f"train ({name})")
     if not num_steps or step < num_steps:
         missing.append("train")
@@ -116,7 +118,7 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
 def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageStatus]:
     """Stages of the first pass, by the steps that the plan gives them."""
     index = _json(run.shards / "index.json")
-    batch_rows, row, stages = int(plan.get("batch_rows", 0)), 0, []
+    batch_rows, row, stages = _count(plan, "batch_rows"), 0, []
     for stage in index.get("stages", []):
         rows = int(stage["rows"])
         first, last = (row // batch_rows, (row + rows - 1) // batch_rows) if batch_rows else (0, 0)
@@ -180,3 +182,9 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _count(data: dict[str, Any], key: str, default: int = 0) -> int:
+    """A whole number of a file, or `default` where it holds none."""
+    value = data.get(key, default)
+    return value if isinstance(value, int) else default

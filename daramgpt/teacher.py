@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,20 +115,28 @@ def load(
     Raises:
         UserError: not a causal language model, or weights missing or broken.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    device or torch.device("cpu")
+    device = device or torch.device("cpu")
     if precision in DTYPES:
         compute_dtype = DTYPES[precision]
     elif precision not in EIGHT_BIT:
         raise UserError(f"teacher.precision: {precision} is not available", f"use {', '.join((*EIGHT_BIT, *DTYPES))}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=compute_dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=compute_dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"teacher.model: {model_dir}: {reason}", "give a complete causal language model") from None
+    # transformers starts what a file lacks at random and only warns.
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"teacher.model: {model_dir} has no weights for {missing[0]}", "give a complete causal language model"
+        )
     model.eval().requires_grad_(False)
     if getattr(model.config, "activation_function", None) == "gelu_new":
         _fuse_gelu(model)

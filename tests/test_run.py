@@ -1,0 +1,277 @@
+"""Whole runs through the command line: to the end, killed, stopped, on two ranks. Everything is tiny but real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daramgpt.checkpoint import newest
+from daramgpt.ledger import sessions
+from daramgpt.run_directory import RunDirectory
+
+RECIPE = """
+[corpus]
+made_megabytes = 0.3
+[curriculum]
+context_tokens = 32
+heldout_fraction = 0.05
+[[curriculum.stages]]
+name = "web-1"
+corpus = "web"
+take = "8KB"
+unit = "sentence"
+[[curriculum.stages]]
+name = "unpublished"
+corpus = "unpublished"
+take = "4KB"
+unit = "sentence"
+[[curriculum.stages]]
+name = "web-2"
+corpus = "web"
+take = "8KB"
+unit = "sentence"
+[[curriculum.stages]]
+name = "wiki"
+corpus = "wiki"
+take = "6KB"
+unit = "sentence"
+[[curriculum.stages]]
+name = "written"
+corpus = "written"
+take = "10KB"
+unit = "paragraph"
+[teacher]
+precision = "int8"
+[teacher.train]
+n_embd = 32
+n_head = 2
+n_layer = 1
+vocab_size = 600
+[student]
+n_embd = 16
+n_head = 2
+n_layer = 1
+[optimizer]
+batch_tokens = 256
+[engine]
+ds_config = "cpu"
+micro_batch_rows = 2
+[checkpoint]
+every_minutes = 0.0001
+[evaluation]
+baseline = true
+heldout_tokens = 2000
+prompts = ["오늘 아침에"]
+sample_tokens = 8
+"""
+STEPS_TO_SEE = 5
+DEADLINE_SECONDS = 120
+
+
+class Run:
+    """One run directory and the commands on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.directory = folder, RunDirectory(folder / "run")
+
+    def start(self, command: str, *options: str) -> subprocess.Popen[str]:
+        recipe = self.folder / "tiny.toml"
+        line = [sys.executable, "-m", "daramgpt", command, str(recipe), "--run", str(self.directory.path), *options]
+        # Output to a file: a full pipe would stop the program.
+        with (self.folder / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                line,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+
+    def __call__(self, command: str, *options: str) -> str:
+        code = self.start(command, *options).wait(300)
+        output = (self.folder / "output.txt").read_text(encoding="utf-8")
+        assert code == 0, output
+        return output
+
+    def weights(self) -> dict[str, Any]:
+        saved = newest(self.directory.checkpoints)
+        assert saved is not None
+        return saved.weights()
+
+    def status(self) -> dict[str, Any]:
+        return json.loads(self("status", "--json"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose teacher and whose student are trained, without interruption."""
+    run = Run(tmp_path_factory.mktemp("whole"))
+    (run.folder / "tiny.toml").write_text(RECIPE, encoding="utf-8")
+    run("prepare")
+    run("plan")
+    run("train")
+    return run
+
+
+@pytest.fixture
+def untrained(prepared: Run, tmp_path: Path) -> Run:
+    """A copy of that run from before its student was trained."""
+    shutil.copytree(prepared.folder, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path)
+    for path in (run.directory.checkpoints, run.directory.part("baseline").path):
+        shutil.rmtree(path)
+    for path in (run.directory.ledger, run.directory.metrics):
+        path.unlink()
+    # The baseline is not what these tests look at.
+    text = run.directory.recipe.read_text(encoding="utf-8")
+    run.directory.recipe.write_text(text.replace("baseline = true", "baseline = false"), encoding="utf-8")
+    return run
+
+
+def wait_for_steps(run: Run, process: subprocess.Popen[str], num_steps: int) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, (run.folder / "output.txt").read_text(encoding="utf-8")
+        if run.directory.metrics.is_file() and run.directory.metrics.read_text().count("\n") >= num_steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no steps were trained in time")
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].equal(value), name
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.directory.metrics.read_text().splitlines()]
+
+
+def test_a_run_ends_with_all_that_it_promises(prepared: Run) -> None:
+    run, directory = prepared, prepared.directory
+    assert "all 5 stages" in run("evaluate") or "bits/byte" in run("evaluate")
+    run("export")
+    run("report")
+    for path in (directory.recipe, directory.plan, directory.evaluation, directory.report, directory.log):
+        assert path.is_file(), path
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert (directory.export / name).is_file(), name
+    assert directory.part("teacher").export.is_dir()
+    assert directory.part("baseline").checkpoints.is_dir()
+    rows = json.loads(directory.evaluation.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "teacher int8", "student", "student without teacher"]
+    assert all(row["bits_per_byte"]["all"] > 0 for row in rows)
+    assert "All done" in run("status", "--quiet")
+    status = run.status()
+    assert status["state"] == "done"
+    assert [stage["name"] for stage in status["stages"]] == ["web-1", "unpublished", "web-2", "wiki", "written"]
+    assert all(stage["trained_fraction"] == 1 for stage in status["stages"])
+    assert "오늘" in run("generate", "--prompt", "오늘", "--tokens", "4")
+
+
+def test_metrics_hold_every_step_once(prepared: Run) -> None:
+    lines = metrics(prepared)
+    plan = json.loads(prepared.directory.plan.read_text())
+    assert [line["step"] for line in lines] == list(range(1, plan["num_steps"] + 1))
+    assert lines[-1]["kd"] < lines[0]["kd"]
+    assert {line["stage"] for line in lines} == {"web-1", "unpublished", "web-2", "wiki", "written"}
+
+
+def test_the_export_gives_the_logits_of_the_checkpoint(prepared: Run) -> None:
+    """Loaded in a process that cannot import the package."""
+    prepared("export")
+    saved = newest(prepared.directory.checkpoints)
+    assert saved is not None
+    script = f"""
+import sys
+sys.modules["daramgpt"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(prepared.directory.export)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(prepared.directory.export)!r})
+ids = tokenizer("오늘 아침에 밥을 먹었다.", return_tensors="pt").input_ids
+with torch.no_grad():
+    exported = model(ids).logits
+    model.load_state_dict(load_file({str(saved.path / "weights.safetensors")!r}), strict=False)
+    assert torch.equal(model(ids).logits, exported)
+assert tokenizer.decode(ids[0]) == "오늘 아침에 밥을 먹었다.", tokenizer.decode(ids[0])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=prepared.folder)
+
+
+def test_killed_runs_end_with_the_same_weights(untrained: Run, prepared: Run) -> None:
+    for _ in range(2):
+        process = untrained.start("train")
+        seen = len(metrics(untrained)) if untrained.directory.metrics.is_file() else 0
+        wait_for_steps(untrained, process, seen + STEPS_TO_SEE)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert untrained.status()["state"] == "dead"
+    output = untrained("train")
+    assert "goes on from step" in output
+    assert_same(untrained.weights(), prepared.weights())
+    steps = [line["step"] for line in metrics(untrained)]
+    assert steps == sorted(set(steps))
+    assert [session.reason for session in sessions(untrained.directory.ledger)] == ["died", "died", "done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run, prepared: Run) -> None:
+    process = untrained.start("train")
+    wait_for_steps(untrained, process, STEPS_TO_SEE)
+    process.send_signal(number)
+    assert process.wait(DEADLINE_SECONDS) == 0
+    status = untrained.status()
+    assert status["state"] == "interrupted"
+    saved = newest(untrained.directory.checkpoints)
+    assert saved is not None
+    assert saved.state["step"] == len(metrics(untrained))
+    untrained("train")
+    assert_same(untrained.weights(), prepared.weights())
+
+
+def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
+    process = untrained.start("train", "--hours", "0.000001")
+    assert process.wait(DEADLINE_SECONDS) == 0
+    status = untrained.status()
+    assert status["state"] == "deadline"
+    # A session gets at least one step further, however short it is.
+    assert status["step"] == 1
+    untrained("evaluate")
+    assert json.loads(untrained.directory.evaluation.read_text())["state"] == "partial"
+    untrained("train")
+    assert untrained.status()["step"] == untrained.status()["num_steps"]
+
+
+def test_a_second_process_is_refused(untrained: Run) -> None:
+    process = untrained.start("train")
+    wait_for_steps(untrained, process, 1)
+    assert untrained.status()["state"] == "running"
+    line = [sys.executable, "-m", "daramgpt", "train", str(untrained.folder / "tiny.toml")]
+    second = subprocess.run([*line, "--run", str(untrained.directory.path)], capture_output=True, text=True)
+    assert second.returncode == 2
+    assert str(process.pid) in second.stderr
+    process.terminate()
+    assert process.wait(DEADLINE_SECONDS) == 0
+
+
+def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run) -> None:
+    untrained.directory.plan.unlink()
+    untrained("plan", "--num-gpus", "2")
+    untrained("train")
+    expected = prepared.weights()
+    for name, value in untrained.weights().items():
+        assert value.allclose(expected[name], rtol=1e-3, atol=1e-5), name
+    assert untrained.status()["tokens"] == prepared.status()["tokens"]
