@@ -33,7 +33,9 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of a .toml file.")]
 CorpusOption = Annotated[Path | None, typer.Option("--corpus", help="Folder that holds the corpora.")]
 DsConfigOption = Annotated[str | None, typer.Option("--ds-config", help="A name in ds_configs/, or a .json file.")]
-HoursOption = Annotated[float | None, typer.Option("--hours", help="Stop training so long after the session began.")]
+HoursOption = Annotated[
+    float | None, typer.Option("--hours", min=0.0, help="Stop training so long after the session began.")
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory; default: runs/RECIPE.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key.")]
 NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ranks on this machine; default: all.")]

@@ -317,12 +317,12 @@ def train(recipe: Recipe, run: RunDirectory, console: Console, hours: float | No
 
     stop = StopRequest(_deadline(recipe.budget.session_hours if hours is None else hours), run.stop_request)
     stop.listen()
-    machine = hardware.detect()
+    machine = hardware.detect().describe()
     for label, part, part_run in _parts(recipe, run):
         frozen = planner.read_plan(part_run)
         if frozen is None:
             raise UserError(f"{part_run.plan} is missing", f"run: python -m daramgpt plan {recipe.name}")
-        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine.describe())
+        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine)
         if reason != "done":
             console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
             return reason
@@ -344,10 +344,11 @@ def _train_part(
     """One training; returns at once where all its steps are trained."""
     from daramgpt import checkpoint
 
-    state = checkpoint.newest_state(part_run.checkpoints) or {}
-    if state.get("step", 0) >= frozen["num_steps"]:
+    saved = checkpoint.newest(part_run.checkpoints, console)
+    if saved is not None and saved.state["step"] >= frozen["num_steps"]:
         console(f"{label}: all {frozen['num_steps']:,} steps are trained")
         return "done"
+    # What is not needed to find that out is imported from here on.
     import torch
 
     from daramgpt import teacher
@@ -359,7 +360,7 @@ def _train_part(
         precision = frozen["teacher_precision"]
         loaded = teacher.load(_teacher_dir(part, run), precision, teacher.DTYPES[frozen["dtype"]], device)
         console(f"teacher: {loaded.num_parameters:,} parameters, {precision}, {loaded.weight_bytes / 1e6:,.1f} MB")
-    return train_loop(part, part_run, _shards(run), frozen, loaded, stop, console, machine, label)
+    return train_loop(part, part_run, _shards(run), frozen, loaded, stop, console, run.ledger, machine, label)
 
 
 def _export_teacher(part: Recipe, part_run: RunDirectory, run: RunDirectory) -> None:

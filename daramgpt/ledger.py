@@ -22,6 +22,7 @@ class Session:
     """One session, as the ledger has it.
 
     Attributes:
+        training: what was trained: the student, or a part of the run.
         started: Unix time.
         first_step, step: optimizer steps at its start and at its last line.
         tokens: of the run at its last line.
@@ -30,6 +31,7 @@ class Session:
     """
 
     number: int
+    training: str
     started: float
     machine: str
     first_step: int
@@ -40,16 +42,16 @@ class Session:
 
 
 class Ledger:
-    """The ledger of one run; `start` begins a session and the other calls belong to it."""
+    """The ledger of one run and its parts; `start` begins a session and the other calls belong to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._number = 0
 
-    def start(self, machine: str, step: int, tokens: int) -> None:
+    def start(self, training: str, machine: str, step: int, tokens: int) -> None:
         # Not their number: one whose start was damaged is not among them.
         self._number = max((session.number for session in sessions(self.path)), default=0) + 1
-        self._append("start", machine=machine, step=step, tokens=tokens, seconds=0.0)
+        self._append("start", training=training, machine=machine, step=step, tokens=tokens, seconds=0.0)
 
     def beat(self, step: int, tokens: int, seconds: float) -> None:
         self._append("beat", step=step, tokens=tokens, seconds=round(seconds, 3))
@@ -96,10 +98,10 @@ def sessions(path: Path) -> list[Session]:
         try:
             number, step, tokens = int(entry["session"]), int(entry["step"]), int(entry["tokens"])
             if entry["event"] == "start":
-                machine, started = str(entry["machine"]), float(entry["time"])
+                training, machine, started = str(entry["training"]), str(entry["machine"]), float(entry["time"])
                 # Refuses a time that no calendar has.
                 datetime.fromtimestamp(started)
-                found[number] = Session(number, started, machine, step, step, tokens, 0.0, "died")
+                found[number] = Session(number, training, started, machine, step, step, tokens, 0.0, "died")
             elif number in found:
                 session = found[number]
                 session.step, session.tokens, session.seconds = step, tokens, float(entry["seconds"])

@@ -23,6 +23,23 @@ CPU_MICRO_BATCH_TOKENS = 4096
 CHUNK_ELEMENTS = 2**25
 # Of the memory that the machine has, for the allocator's own waste and for other processes.
 MEMORY_SHARE = 0.85
+PLAN_KEYS = {
+    "context_tokens",
+    "batch_rows",
+    "micro_batch_rows",
+    "loss_chunk_tokens",
+    "num_steps",
+    "schedule",
+    "learning_rate",
+    "num_threads",
+    "world_size",
+    "dtype",
+    "teacher_precision",
+    "ds_config",
+    "reasons",
+    "predicted",
+    "student",
+}
 PRECISION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "llm-int8": 1.0, "nf4": 0.5}
 
 
@@ -130,7 +147,7 @@ def make_plan(
         reasons: why, by choice.
 
     Raises:
-        UserError: a batch smaller than a row for each rank, or a row that does not fit the memory.
+        UserError: a row, or the micro-batch that the recipe asks for, does not fit the memory.
     """
     student = _shape(recipe.student, vocab_size, context_tokens)
     # Every rank and every micro-batch gets whole rows, so the batch is rounded up to a multiple of them.
@@ -147,14 +164,14 @@ def make_plan(
         return sum(memory(rows).values()) <= MEMORY_SHARE * memory_limit_bytes
 
     rows = recipe.engine.micro_batch_rows
+    if not fits(rows or 1):
+        needed = sum(memory(rows or 1).values()) / 1e9
+        raise UserError(
+            f"{rows or 1} rows of {context_tokens} tokens need {needed:.1f} GB, "
+            f"{MEMORY_SHARE:.0%} of the device's {memory_limit_bytes / 1e9:.1f} GB may be taken",
+            "lower engine.micro_batch_rows" if rows else "lower curriculum.context_tokens",
+        )
     if rows is None:
-        if not fits(1):
-            needed = sum(memory(1).values()) / 1e9
-            raise UserError(
-                f"one row of {context_tokens} tokens needs {needed:.1f} GB, "
-                f"the device has {memory_limit_bytes / 1e9:.1f} GB",
-                "lower curriculum.context_tokens, or use a ds_config that offloads",
-            )
         largest = max(1, CPU_MICRO_BATCH_TOKENS // context_tokens) if dtype == "fp32" else rows_a_rank
         # Divisors leave no micro-batch part empty.
         divisors = [divisor for divisor in range(1, rows_a_rank + 1) if rows_a_rank % divisor == 0]
@@ -183,7 +200,7 @@ def make_plan(
             "memory_total_bytes": sum(parts.values()),
             "model_flops_per_token": flops,
             "gemm_flops_per_second": flops_per_second,
-            # An upper bound: no run goes faster than its matrix products alone.
+            # No run goes faster than its matrix products alone.
             "fewest_hours": total_tokens * flops / flops_per_second / 3600 / world_size,
         },
         "student": asdict(student) | {"parameters": student.parameters},
@@ -204,9 +221,7 @@ def read_plan(run: RunDirectory) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run.plan}: {error}", "remove it and plan again") from None
-    missing = {"micro_batch_rows", "batch_rows", "num_steps", "num_threads", "loss_chunk_tokens", "world_size"} - set(
-        plan if isinstance(plan, dict) else ()
-    )
+    missing = PLAN_KEYS - set(plan if isinstance(plan, dict) else ())
     if missing:
         raise UserError(f"{run.plan}: {', '.join(sorted(missing))} missing", "remove it and plan again")
     return plan

@@ -64,19 +64,17 @@ def read(run: RunDirectory) -> Status:
     plan = _json(run.plan)
     found = sessions(run.ledger)
     step, num_steps = _count(position, "step"), _count(plan, "num_steps")
-    parts = (run, run.part("teacher"), run.part("baseline"))
-    latest = max((one for part in parts for one in sessions(part.ledger)), key=lambda one: one.started, default=None)
     missing = _missing(stored, run, step, num_steps)
     if is_locked(run):
         state = "running"
     elif not missing:
         state = "done"
-    elif latest is None:
+    elif not found:
         state = "new"
-    elif latest.reason in ("deadline", "interrupted"):
-        state = latest.reason
+    elif found[-1].reason in ("deadline", "interrupted"):
+        state = found[-1].reason
     else:
-        state = "interrupted" if latest.reason == "done" else "dead"
+        state = "interrupted" if found[-1].reason == "done" else "dead"
     return Status(
         state=state,
         step=step,
@@ -108,7 +106,7 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
     evaluation = _json(run.evaluation)
     if evaluation.get("state") != "done" or evaluation.get("step") != step:
         missing.append("evaluate")
-    if not (run.export / "model.safetensors").is_file():
+    if not (run.export / "model.safetensors").is_file() or _json(run.export / "export.json").get("step") != step:
         missing.append("export")
     if not run.report.is_file():
         missing.append("report")
@@ -154,9 +152,10 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
         ]
         result += ["", *columns(STAGE_HEADINGS, rows)]
     if status.sessions:
-        rows = [
+        session_rows = [
             (
                 str(session.number),
+                session.training,
                 datetime.fromtimestamp(session.started).strftime("%Y-%m-%d %H:%M"),
                 f"{session.first_step:,} → {session.step:,}",
                 f"{session.tokens:,}",
@@ -165,7 +164,10 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
             )
             for session in status.sessions
         ]
-        result += ["", *columns(("session", "started", "steps", "tokens", "minutes", "ended"), rows)]
+        result += [
+            "",
+            *columns(("session", "training", "started", "steps", "tokens", "minutes", "ended"), session_rows),
+        ]
     return result
 
 

@@ -39,7 +39,8 @@ def build(shape: Shape, vocab_size: int, max_positions: int, eos_token_id: int, 
         eos_token_id=eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Of the CPU alone: torch.manual_seed would seed the GPUs as well.
+        torch.default_generator.manual_seed(seed)
         model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     assert model.lm_head.weight is model.transformer.wte.weight, "head and embedding are one parameter"
     return model

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -126,12 +126,14 @@ def load(
     elif precision not in EIGHT_BIT:
         raise UserError(f"teacher.precision: {precision} is not available", f"use {', '.join((*EIGHT_BIT, *DTYPES))}")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=compute_dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"teacher.model: {model_dir}: {reason}", "give a complete causal language model") from None
+    model: PreTrainedModel
+    model, loading = loaded
     # transformers starts what a file lacks at random and only warns.
     if missing := sorted(loading["missing_keys"]):
         raise UserError(

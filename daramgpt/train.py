@@ -73,7 +73,6 @@ class Clock:
 
     started: float
     used_before: float
-    tokens_before: int
     save_seconds: float = 1.0
     token_seconds: float = 0.0
 
@@ -106,6 +105,7 @@ def train(
     teacher: Teacher | None,
     stop: StopRequest,
     console: Console,
+    ledger: Path,
     machine: str,
     label: str,
 ) -> str:
@@ -117,8 +117,9 @@ def train(
         teacher: None trains by plain cross-entropy.
         stop: when to stop before the end.
         console: for lines; its log takes what libraries print.
+        ledger: of the whole run, whose hours its parts share.
         machine: name for the ledger.
-        label: what is trained, for people.
+        label: what is trained, for people and the ledger.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``; a checkpoint of the last step stands in each case.
@@ -131,9 +132,6 @@ def train(
     saved = checkpoint.newest(run.checkpoints, console)
     position = {"step": 0, "tokens": 0, "skipped_steps": 0, **(saved.state if saved else {})}
     num_steps: int = plan["num_steps"]
-    if position["step"] >= num_steps:
-        console(f"{label}: all {num_steps:,} steps are trained")
-        return "done"
     model = student.build(
         recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
@@ -167,7 +165,7 @@ def train(
     )
     assert feed.num_steps == num_steps, "the plan was made for these shards"
     try:
-        return _loop(recipe, run, plan, feed, distiller, position, stop, console, machine, label)
+        return _loop(recipe, run, plan, feed, distiller, position, stop, console, Ledger(ledger), machine, label)
     finally:
         distiller.close()
 
@@ -181,13 +179,13 @@ def _loop(
     position: dict[str, Any],
     stop: StopRequest,
     console: Console,
+    ledger: Ledger,
     machine: str,
     label: str,
 ) -> str:
-    ledger = Ledger(run.ledger)
-    clock = Clock(time.monotonic(), seconds_used(run.ledger), position["tokens"])
+    clock = Clock(time.monotonic(), seconds_used(ledger.path))
     if distiller.is_first:
-        ledger.start(machine, position["step"], position["tokens"])
+        ledger.start(label, machine, position["step"], position["tokens"])
     num_steps, saved_step, saved_at, reason = plan["num_steps"], position["step"], time.monotonic(), None
     step_tokens = plan["batch_rows"] * plan["context_tokens"]
     budget_seconds = 3600 * recipe.budget.budget_hours - clock.used_before

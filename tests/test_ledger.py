@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 def session(path: Path, first_step: int, step: int, seconds: float, reason: str | None) -> None:
     ledger = Ledger(path)
-    ledger.start("a machine", first_step, 100 * first_step)
+    ledger.start("student", "a machine", first_step, 100 * first_step)
     ledger.beat(step, 100 * step, seconds)
     if reason:
         ledger.end(step, 100 * step, seconds, reason)

@@ -19,8 +19,9 @@ from daramgpt import teacher
 from daramgpt.errors import UserError
 
 VOCAB = 300
-# Nats a token between int8 blocks and fp32 on the random model below; a wrong scale or orientation gives tenths.
-KL_BOUND = {"int8": 2e-3, "llm-int8": 1e-2}
+# Nats a token between 8-bit blocks and fp32 on the random models below: measured 2e-4 and 5e-4, while scales that are
+# wrong by 5 % give 6e-3 and 9e-3.
+KL_BOUND = 1e-3
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -87,8 +88,9 @@ def test_the_blocks_are_bitsandbytes_own_8_bit_layers(saved: tuple[Path, PreTrai
         assert layer.weight.shape == weight.shape == (layer.out_features, layer.in_features)
         assert layer.weight.SCB.dtype == torch.float32
         dequantised = layer.weight.data * layer.weight.SCB[:, None] / 127
-        # Half a step of each row.
-        assert ((dequantised - weight).abs() <= 0.501 * layer.weight.SCB[:, None] / 127).all()
+        # Half a step of each row, and the rounding to fp16 that bitsandbytes does first: 127 / 2^11 of a step.
+        steps = (dequantised - weight.detach()).abs() * 127 / layer.weight.SCB[:, None]
+        assert float(steps.max()) <= 0.5 + 127 / 2**11
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
@@ -99,9 +101,7 @@ def test_the_head_the_embeddings_and_the_norms_are_not_quantised(
     folder, original = saved
     loaded = teacher.load(folder, precision)
     assert torch.equal(loaded.head_weight, original.get_output_embeddings().weight)
-    assert torch.equal(
-        loaded.model.get_input_embeddings().weight.data, original.get_input_embeddings().weight.data
-    )
+    assert torch.equal(loaded.model.get_input_embeddings().weight.data, original.get_input_embeddings().weight.data)
     held = {parameter.dtype for name, parameter in loaded.model.named_parameters() if "norm" in name or "ln_" in name}
     assert held == {torch.float32}
 
@@ -117,7 +117,7 @@ def test_hidden_states_stay_close_to_full_precision(saved: tuple[Path, PreTraine
     assert math.log(VOCAB) + float((exact.exp() * exact).sum(-1).mean()) > 0.3
     close = log_probabilities(teacher.load(folder, precision), ids)
     kl = float((exact.exp() * (exact - close)).sum(-1).mean())
-    assert 0 < kl < KL_BOUND[precision]
+    assert 0 < kl < KL_BOUND
 
 
 def test_what_it_weighs(saved: tuple[Path, PreTrainedModel]) -> None:
@@ -126,7 +126,7 @@ def test_what_it_weighs(saved: tuple[Path, PreTrainedModel]) -> None:
     assert full.num_parameters == small.num_parameters == original.num_parameters()
     assert full.weight_bytes == 4 * original.num_parameters()
     weights = [module.weight for _, module in linears(original)]
-    rows = sum(max(layer.out_features, 0) for layer in small.model.modules() if isinstance(layer, bnb.nn.Linear8bitLt))
+    rows = sum(layer.out_features for layer in small.model.modules() if isinstance(layer, bnb.nn.Linear8bitLt))
     assert small.weight_bytes == full.weight_bytes - 3 * sum(weight.numel() for weight in weights) + 4 * rows
     assert full.max_positions == teacher.max_positions(folder) == 32
 
@@ -137,7 +137,7 @@ def test_hidden_states_have_no_graph(folder: Path) -> None:
 
 
 def test_a_precision_that_is_none_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="teacher.precision: int7"):
+    with pytest.raises(UserError, match=r"teacher\.precision: int7"):
         teacher.load(folder, "int7")
 
 

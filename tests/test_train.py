@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -27,7 +28,7 @@ def test_warm_up_plateau_decay() -> None:
     assert found[99:800] == pytest.approx([PEAK] * 701)
     assert found[900] == pytest.approx(PEAK / 2)
     assert found[999] == pytest.approx(PEAK / 200)
-    rises = [later - earlier for earlier, later in zip(found, found[1:], strict=False)]
+    rises = [later - earlier for earlier, later in itertools.pairwise(found)]
     assert min(rises[:99]) > 0 and max(rises[800:]) < 0
     # No jump anywhere: the steepest change is that of the warm-up.
     assert max(map(abs, rises)) == pytest.approx(PEAK / 100)

@@ -227,12 +227,13 @@ def _samples(evaluation: Data) -> str:
 def _sessions(found: status.Status) -> str:
     if not found.sessions:
         return ""
-    cells = [["session", "started", "steps", "tokens", "minutes", "ended", "machine"]]
+    cells = [["session", "training", "started", "steps", "tokens", "minutes", "ended", "machine"]]
     for one in found.sessions:
         is_now = found.state == "running" and one is found.sessions[-1]
         cells.append(
             [
                 str(one.number),
+                one.training,
                 datetime.fromtimestamp(one.started).strftime("%Y-%m-%d %H:%M"),
                 f"{one.first_step:,} → {one.step:,}",
                 f"{one.tokens:,}",

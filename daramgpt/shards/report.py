@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 5.0
-_FAULTS_NAMED = 20
+_FAULTS_NAMED = 5
 _LOW_SHARE = 0.999
 
 

@@ -1,0 +1,197 @@
+"""The plan: parameters as in the real model, batches that divide, memory by component, faults by file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from daramgpt import planner, recipe
+from daramgpt.errors import UserError
+from daramgpt.planner import ModelShape
+from daramgpt.run_directory import RunDirectory
+
+TRINITY = ModelShape(n_embd=1920, n_layer=24, vocab_size=51200, num_positions=1024)
+STUDENT = ModelShape(n_embd=768, n_layer=4, vocab_size=51200, num_positions=1024)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_head", "parameters"),
+    [(STUDENT, 8, 68_461_056), (TRINITY, 16, None), (ModelShape(48, 3, 321, 40), 4, None)],
+    ids=["student", "teacher", "small"],
+)
+def test_parameters_are_those_of_the_real_model(shape: ModelShape, n_head: int, parameters: int | None) -> None:
+    config = GPT2Config(
+        vocab_size=shape.vocab_size,
+        n_positions=shape.num_positions,
+        n_embd=shape.n_embd,
+        n_head=n_head,
+        n_layer=shape.n_layer,
+    )
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    assert shape.parameters == model.num_parameters()
+    assert parameters in (None, shape.parameters)
+    blocks = sum(parameter.numel() for parameter in model.transformer.h.parameters())
+    final_norm = sum(parameter.numel() for parameter in model.transformer.ln_f.parameters())
+    assert shape.block_parameters == blocks + final_norm
+
+
+def test_flops_of_the_reference_run_are_about_2_8_gflop_a_token() -> None:
+    flops = planner.step_flops(STUDENT, TRINITY, 1024)
+    assert flops == 3 * STUDENT.forward_flops(1024) + TRINITY.forward_flops(1024)
+    assert flops == pytest.approx(2.8e9, rel=0.05)
+    assert planner.step_flops(STUDENT, None, 1024) == 3 * STUDENT.forward_flops(1024)
+    # Attention alone grows with the context, by causal query-key and value products: 2 D a layer and position.
+    assert STUDENT.forward_flops(1024) - STUDENT.forward_flops(512) == 2 * 4 * 768 * 512
+
+
+def test_memory_by_component() -> None:
+    tokens, chunk = 4096, 655
+    memory = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp32", tokens, chunk)
+    assert memory["student weights"] == 4 * STUDENT.parameters
+    assert memory["optimizer"] == 8 * STUDENT.parameters
+    assert memory["teacher weights"] == TRINITY.block_parameters + 4 * TRINITY.embedding_parameters
+    assert memory["loss buffers"] == 3 * chunk * 51200 * 4
+    # In half precision an fp32 copy of the weights comes with the moments.
+    half = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp16", tokens, chunk)
+    assert half["optimizer"] == 12 * STUDENT.parameters and half["student weights"] == 2 * STUDENT.parameters
+    assert half["loss buffers"] == memory["loss buffers"]
+    # Only activations grow with the micro-batch: the loss is chunked.
+    double = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp32", 2 * tokens, chunk)
+    assert {name for name in memory if double[name] != memory[name]} == {"activations", "teacher activations"}
+    assert double["activations"] == 2 * memory["activations"]
+    alone = planner.memory_bytes(STUDENT, None, "int8", "fp32", tokens, chunk)
+    assert memory.keys() - alone.keys() == {"teacher weights", "teacher activations"}
+
+
+def make(folder: Path, *overrides: str, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "context_tokens": 256,
+        "vocab_size": 4096,
+        "num_rows": 1000,
+        "teacher": ModelShape(192, 4, 4096, 256),
+        "memory_limit_bytes": 8 * 10**9,
+        "flops_per_second": 1e11,
+        "num_threads": 2,
+        "world_size": 1,
+        "dtype": "fp32",
+        "teacher_precision": "int8",
+        "ds_config": "cpu",
+        "reasons": {"dtype": "a", "teacher_precision": "b", "ds_config": "c"},
+    }
+    wanted = recipe.load("quickstart", ["optimizer.batch_tokens=8192", *overrides])
+    return planner.make_plan(wanted, RunDirectory(folder), **given | changes)
+
+
+def test_the_plan_is_frozen_and_described(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    assert planner.read_plan(RunDirectory(tmp_path)) == plan
+    assert plan["num_steps"] == math.ceil(1000 / plan["batch_rows"])
+    assert plan["batch_rows"] * 256 == 8192
+    assert plan["predicted"]["memory_total_bytes"] == sum(plan["predicted"]["memory_bytes"].values())
+    student = recipe.load("quickstart").student
+    assert plan["student"]["parameters"] == ModelShape(student.n_embd, student.n_layer, 4096, 256).parameters
+    lines: list[str] = []
+    planner.describe("student", plan, lines.append)
+    assert lines[0] == "student:" and f"{plan['num_steps']:,} steps" in lines[1]
+    assert make(tmp_path, teacher=None)["teacher_precision"] is None
+
+
+def test_passes_lengthen_the_plan(tmp_path: Path) -> None:
+    assert make(tmp_path, "curriculum.passes=3")["num_steps"] == math.ceil(3000 / 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch_tokens=st.integers(8, 10**6),
+    context_tokens=st.integers(8, 2048),
+    world_size=st.integers(1, 8),
+    rows=st.none() | st.integers(1, 50),
+    num_rows=st.integers(1, 10**6),
+    dtype=st.sampled_from(["fp32", "fp16"]),
+    memory_gigabytes=st.integers(4, 80),
+)
+def test_batch_ranks_and_micro_batch_divide(
+    tmp_path_factory: pytest.TempPathFactory,
+    batch_tokens: int,
+    context_tokens: int,
+    world_size: int,
+    rows: int | None,
+    num_rows: int,
+    dtype: str,
+    memory_gigabytes: int,
+) -> None:
+    overrides = [f"optimizer.batch_tokens={batch_tokens}"]
+    if rows is not None:
+        overrides.append(f"engine.micro_batch_rows={rows}")
+    plan = make(
+        tmp_path_factory.getbasetemp() / "plans",
+        *overrides,
+        context_tokens=context_tokens,
+        world_size=world_size,
+        num_rows=num_rows,
+        dtype=dtype,
+        memory_limit_bytes=memory_gigabytes * 10**9,
+    )
+    micro = plan["micro_batch_rows"]
+    assert plan["batch_rows"] % (micro * world_size) == 0
+    assert (plan["num_steps"] - 1) * plan["batch_rows"] < num_rows <= plan["num_steps"] * plan["batch_rows"]
+    # As near to the tokens asked for as whole rows allow.
+    slack = world_size * (rows or 1)
+    asked = max(1, batch_tokens // context_tokens)
+    assert asked <= plan["batch_rows"] < asked + slack
+    if rows is None:
+        assert plan["predicted"]["memory_total_bytes"] <= memory_gigabytes * 10**9
+    else:
+        assert micro == rows
+    assert 1 <= plan["loss_chunk_tokens"] <= max(256, micro * context_tokens)
+
+
+def test_a_larger_memory_takes_a_larger_micro_batch(tmp_path: Path) -> None:
+    wanted = {"dtype": "fp16", "context_tokens": 1024, "vocab_size": 51200, "teacher": TRINITY}
+    sizes = [
+        make(tmp_path, "optimizer.batch_tokens=262144", memory_limit_bytes=gigabytes * 10**9, **wanted)
+        for gigabytes in (4, 8, 80)
+    ]
+    rows = [plan["micro_batch_rows"] for plan in sizes]
+    assert rows == sorted(rows) and rows[0] < rows[-1]
+
+
+def test_a_memory_too_small_for_a_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"1 rows of 256 tokens need .* GB, 85% of the device's 0\.0 GB") as caught:
+        make(tmp_path, memory_limit_bytes=10**7)
+    assert "curriculum.context_tokens" in caught.value.mend
+    assert planner.read_plan(RunDirectory(tmp_path)) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"num_steps": 3}', "[" * 100_000, "\udcff"])
+def test_a_plan_that_is_none_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.plan.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"plan\.json") as caught:
+        planner.read_plan(run)
+    assert str(run.plan) in caught.value.fault and "plan again" in caught.value.mend
+
+
+def test_a_plan_without_one_key_names_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    plan = make(tmp_path)
+    for key in ("num_steps", "batch_rows", "micro_batch_rows", "world_size", "num_threads", "loss_chunk_tokens"):
+        planner.write_json(run.plan, {name: value for name, value in plan.items() if name != key})
+        with pytest.raises(UserError, match=key):
+            planner.read_plan(run)
+
+
+def test_the_shape_of_a_teacher_comes_from_its_config(tmp_path: Path) -> None:
+    GPT2Config(vocab_size=321, n_positions=40, n_embd=48, n_head=4, n_layer=3).save_pretrained(tmp_path)
+    assert planner.teacher_shape(tmp_path) == ModelShape(48, 3, 321, 40)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"teacher\.model"):
+        planner.teacher_shape(tmp_path)
