@@ -42,6 +42,10 @@ NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ra
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile of several machines.")]
 
 
+# A failed write of data, unlike a failed opening, does not say which file it was for.
+_folder_in_use: Path | None = None
+
+
 def _begin(
     recipe: str,
     corpus: Path | None,
@@ -55,6 +59,8 @@ def _begin(
     from daramgpt.progress import Console
 
     resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
+    global _folder_in_use
+    _folder_in_use = directory.path
     if keeps_log:
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -77,8 +83,7 @@ def doctor(
     from daramgpt import commands
 
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, keeps_log=False)
-    if not commands.doctor(resolved, directory, console):
-        raise typer.Exit(2)
+    commands.doctor(resolved, directory, console)
 
 
 @app.command()
@@ -266,8 +271,11 @@ def _guarded(run: Callable[[], Any]) -> int:
         return _refuse("interrupted; what was saved before stays, the same command goes on from there")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
-            where = f" {error.filename}:" if error.filename else ""
-            return _refuse(f"{where.strip()} {error.strerror}; make room or give a folder that can be written".strip())
+            where = error.filename or _folder_in_use or "a file"
+            return _refuse(
+                f"{where} could not be written: {error.strerror}; "
+                "make room there, or give another --run, and run the same command again"
+            )
         raise
     except subprocess.CalledProcessError as error:
         return error.returncode

@@ -52,7 +52,8 @@ def resolve(
         overrides.append(f"engine.ds_config={json.dumps(ds_config, ensure_ascii=False)}")
     recipe = _absolute(recipes.load(source, overrides))
     run = RunDirectory((run_path or Path("runs") / recipe.name).absolute())
-    if run.recipe.is_file():
+    # Until there are shards nothing has been computed that another recipe could contradict.
+    if run.recipe.is_file() and (run.shards / "index.json").is_file():
         stored = recipes.load(str(run.recipe))
         if not overrides:
             return stored, run
@@ -79,14 +80,19 @@ def _absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def doctor(recipe: Recipe, run: RunDirectory, console: Console) -> bool:
-    """Check the machine and what the recipe names; False when something blocks the run."""
+def doctor(recipe: Recipe, run: RunDirectory, console: Console) -> None:
+    """Check the machine and what the recipe names.
+
+    Raises:
+        UserError: something blocks the run; names all of it.
+    """
     from daramgpt import doctor as checks
 
     found = checks.check(recipe, run, hardware.detect())
     for check in found:
         console(check.line())
-    return not any(check.blocks for check in found)
+    if blocked := [f"{check.name}: {check.text}" for check in found if check.blocks]:
+        raise UserError(f"the run cannot begin: {'; '.join(blocked)}", "mend that and run the same command again")
 
 
 def prepare(recipe: Recipe, run: RunDirectory, console: Console) -> None:

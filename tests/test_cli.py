@@ -144,6 +144,9 @@ def test_changed_settings_of_a_run_are_refused_by_key(capsys: pytest.CaptureFixt
     run = RunDirectory(tmp_path / "runs" / "quickstart")
     text = recipe.dump(recipe.load("quickstart", ["seed=3"]))
     write_atomically(run.recipe, text)
+    # A first command with a mistake in it, before anything was computed, binds nobody.
+    assert commands.resolve("quickstart", settings=["seed=4"])[0].seed == 4
+    write_atomically(run.shards / "index.json", "{}")
     for command in ("prepare", "plan", "train"):
         refusal = refused(capsys, command, "quickstart", "--set", "seed=4")
         assert "seed: 3 → 4" in refusal and str(run.recipe) in refusal and "another --run" in refusal
@@ -238,10 +241,12 @@ def test_status_of_a_run_that_has_not_begun(capsys: pytest.CaptureFixture[str], 
 def test_doctor_blocks_what_cannot_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"train_batch_size": 8}')
     assert call("doctor", "daramgpt", "--corpus", "/nowhere", "--ds-config", "mine.json") == 2
-    out = capsys.readouterr().out
-    blocked = [line for line in out.splitlines() if line.startswith("blocked")]
+    captured = capsys.readouterr()
+    blocked = [line for line in captured.out.splitlines() if line.startswith("blocked")]
     assert any("/nowhere" in line for line in blocked)
     assert any("train_batch_size" in line for line in blocked)
+    (refusal,) = captured.err.splitlines()
+    assert "/nowhere" in refusal and "train_batch_size" in refusal
 
 
 def test_the_hosts_of_a_hostfile_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
