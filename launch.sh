@@ -102,7 +102,7 @@ if [[ -n $dry_run ]]; then
     echo "Would install, unless it is there already:"
     printf '  %s\n' "$(printf '%q ' "${make[@]}")" "$(printf '%q ' "${install[@]}")"
     echo "Would run:"
-    if [[ -n $extra ]]; then echo "  python -m pytest $(printf '%q ' "$@")"; exit 0; fi
+    if [[ -n $extra ]]; then echo "  python -m pytest $(((!$#)) || printf '%q ' "$@")"; exit 0; fi
     for command in doctor prepare plan train evaluate export report; do
         options=("${common[@]}")
         if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi

@@ -194,19 +194,18 @@ def test_dry_run_says_what_the_recipe_and_the_command_line_decide(checkout: Chec
 
 
 def test_installs_once_and_runs_every_step_with_the_same_options(checkout: Checkout) -> None:
-    common = ["--corpus", "a b", "--set", "x.y=1", "--set", "z=2", "--hours", "3", "--run", "r"]
-    done = checkout.launch("daramgpt", *common, "--num-gpus", "2", "--hostfile", "h")
+    common = ["--corpus", "a b", "--set", "x.y=1", "--set", "z=2", "--run", "r"]
+    done = checkout.launch("daramgpt", *common, "--hours", "3", "--num-gpus", "2", "--hostfile", "h")
     assert done.returncode == 0, done.stderr
     [pip] = checkout.calls("pip")
     assert f"--editable {checkout.path}" in pip and "[dev]" not in pip
     assert (checkout.path / ".venv" / "torch.txt").read_text() == "torch==2.13.0\n"
     assert "--system-site-packages" not in checkout.calls("venv")[0]
     options = " ".join(common)
-    extra = " --num-gpus 2 --hostfile h"
+    ranks = " --num-gpus 2 --hostfile h"
+    extra = {"plan": ranks, "train": f"{ranks} --hours 3"}
     assert checkout.calls("status") == [f"status daramgpt {options} --quiet"]
-    assert checkout.steps() == [
-        f"{step} daramgpt {options}{extra if step in ('plan', 'train') else ''}" for step in STEPS
-    ]
+    assert checkout.steps() == [f"{step} daramgpt {options}{extra.get(step, '')}" for step in STEPS]
     checkout.forget()
     assert checkout.launch().returncode == 0
     assert checkout.calls("pip") == checkout.calls("venv") == []
@@ -325,8 +324,19 @@ def test_a_second_interrupt_exits_at_once_and_leaves_nothing_running(checkout: C
     assert "once more" in process.stderr.readline()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
-    status = Path(f"/proc/{child}/stat")
-    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    # A killed process takes a moment to be gone.
+    end = time.monotonic() + 10
+    while _runs(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_test_installs_the_dev_extra_and_passes_arguments_and_code_on(checkout: Checkout) -> None:

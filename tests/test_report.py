@@ -75,7 +75,9 @@ def run(tmp_path: Path) -> RunDirectory:
     write_atomically(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     session = {"session": 1, "time": 1.7e9, "machine": "2 cores <x>", "step": 0, "tokens": 0, "seconds": 0.0}
     end = {**session, "event": "end", "step": 20, "tokens": 20_000, "seconds": 90.0, "reason": "deadline"}
-    write_atomically(run.ledger, json.dumps({**session, "event": "start", "training": "student"}) + "\n" + json.dumps(end) + "\n")
+    write_atomically(
+        run.ledger, json.dumps({**session, "event": "start", "training": "student"}) + "\n" + json.dumps(end) + "\n"
+    )
     row = {
         "parameters": 1000,
         "bytes": 4000,

@@ -75,6 +75,11 @@ sample_tokens = 8
 """
 STEPS_TO_SEE = 5
 DEADLINE_SECONDS = 120
+# An engine that another test began in this process has left a rank and a port behind, which are not for others.
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 class Run:
@@ -94,7 +99,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env=ENVIRONMENT,
             )
 
     def __call__(self, command: str, *options: str) -> str:
@@ -228,7 +233,7 @@ def test_killed_runs_end_with_the_same_weights(untrained: Run, prepared: Run) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run, prepared: Run) -> None:
+def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run) -> None:
     process = untrained.start("train")
     wait_for_steps(untrained, process, STEPS_TO_SEE)
     process.send_signal(number)
@@ -238,11 +243,9 @@ def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run, prepar
     saved = newest(untrained.directory.checkpoints)
     assert saved is not None
     assert saved.state["step"] == len(metrics(untrained))
-    untrained("train")
-    assert_same(untrained.weights(), prepared.weights())
 
 
-def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
+def test_a_deadline_stops_with_everything_saved(untrained: Run, prepared: Run) -> None:
     process = untrained.start("train", "--hours", "0.000001")
     assert process.wait(DEADLINE_SECONDS) == 0
     status = untrained.status()
@@ -252,7 +255,7 @@ def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
     untrained("evaluate")
     assert json.loads(untrained.directory.evaluation.read_text())["state"] == "partial"
     untrained("train")
-    assert untrained.status()["step"] == untrained.status()["num_steps"]
+    assert_same(untrained.weights(), prepared.weights())
 
 
 def test_a_second_process_is_refused(untrained: Run) -> None:
@@ -260,7 +263,8 @@ def test_a_second_process_is_refused(untrained: Run) -> None:
     wait_for_steps(untrained, process, 1)
     assert untrained.status()["state"] == "running"
     line = [sys.executable, "-m", "daramgpt", "train", str(untrained.folder / "tiny.toml")]
-    second = subprocess.run([*line, "--run", str(untrained.directory.path)], capture_output=True, text=True)
+    line += ["--run", str(untrained.directory.path)]
+    second = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
     assert second.returncode == 2
     assert str(process.pid) in second.stderr
     process.terminate()
