@@ -1,4 +1,4 @@
-"""What measurements share: machine, versions, rate of matrix products, peak memory, output."""
+"""What measurements share: machine, versions, peak memory, output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from daramgpt import hardware
 from daramgpt.run_directory import write_atomically
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt")
 # What a side of a comparison is started with. glibc hands large tensors back to the kernel after each use unless told
 # otherwise, and their pages are faulted in anew: a training step on a CPU then takes up to three times as long. OpenMP
@@ -49,36 +47,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def gemm_rate(dtype: str, sizes: Sequence[int], device: torch.device, seconds: float = 0.1) -> float:
-    """Best FLOP/s of square matrix products of these sizes.
-
-    Args:
-        dtype: a key of `DTYPES`.
-        sizes: rows, tried one after the other.
-        device: that multiplies.
-        seconds: for each size, and at least two products.
-    """
-    best = 0.0
-    for size in sizes:
-        left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-        product = torch.empty_like(left)
-        deadline, tries = time.perf_counter() + seconds, 0
-        while tries < 2 or time.perf_counter() < deadline:
-            synchronise(device)
-            start = time.perf_counter()
-            torch.mm(left, right, out=product)
-            synchronise(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
-            tries += 1
-    return best
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class PeakMemory:

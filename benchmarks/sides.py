@@ -21,7 +21,7 @@ import transformers
 
 from benchmarks import reference_loop, sentence_lengths
 from benchmarks.inputs import SEED, SHAPES, Inputs, Measured, published_model, token_stream
-from benchmarks.machine import DTYPES, SIDE_ENVIRONMENT, PeakMemory, synchronise
+from benchmarks.machine import SIDE_ENVIRONMENT, PeakMemory
 from daramgpt import ds_config, hardware, student, teacher
 from daramgpt import recipe as recipes
 from daramgpt.engine import Distiller, import_deepspeed
@@ -116,12 +116,18 @@ def _serve(name: str, shape: str, inputs_dir: Path, connection: Connection) -> N
     memory.restart()
     connection.send("ready")
     while connection.recv() == "repeat":
-        synchronise(device)
+        _synchronise(device)
         start = time.perf_counter()
         work = next(repetitions)
-        synchronise(device)
+        _synchronise(device)
         connection.send(Repetition(work, time.perf_counter() - start))
     connection.send(memory.read_bytes())
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _reference_loop(measured: Measured, inputs: Inputs, device: torch.device) -> Iterator[Work]:
@@ -146,7 +152,7 @@ def _reference_loop(measured: Measured, inputs: Inputs, device: torch.device) ->
 
 def _daramgpt(measured: Measured, inputs: Inputs, device: torch.device) -> Iterator[Work]:
     shards, choices, recipe = inputs.shards(), hardware.choose(hardware.detect()), recipes.load("daramgpt")
-    frozen = teacher.load(inputs.teacher_dir, choices.teacher_precision, DTYPES[choices.dtype], device)
+    frozen = teacher.load(inputs.teacher_dir, choices.teacher_precision, teacher.DTYPES[choices.dtype], device)
     feed = Feed(
         shards,
         measured.micro_batch_rows * measured.micro_batches,

@@ -21,7 +21,7 @@ import transformers
 
 from benchmarks import inputs, machine
 from benchmarks.sides import BUILDERS, Repetition, Side
-from daramgpt import hardware
+from daramgpt import hardware, planner
 from daramgpt.engine import import_deepspeed
 
 CURRICULUM_TOKENS = 1.3e9
@@ -93,7 +93,7 @@ def measure(shape: str, num_repetitions: int, folder: Path) -> dict[str, Any]:
         for side in sides:
             repetitions[side.name].append(side.repeat())
         for dtype in gemm:
-            gemm[dtype] = max(gemm[dtype], machine.gemm_rate(dtype, measured.gemm_sizes, device))
+            gemm[dtype] = max(gemm[dtype], planner.gemm_rate(dtype, measured.gemm_sizes, device))
     rows = []
     for side in sides:
         works = [repetition.work for repetition in repetitions[side.name]]

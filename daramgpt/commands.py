@@ -176,6 +176,8 @@ def _make_plans(
     machine: hardware.Machine,
     num_ranks: int | None,
 ) -> None:
+    import torch
+
     from daramgpt import ds_config, planner
 
     shards = _shards(run)
@@ -193,7 +195,8 @@ def _make_plans(
     precision = chosen.teacher_precision
     if recipe.teacher is not None and recipe.teacher.precision != "auto":
         precision, reasons["teacher_precision"] = recipe.teacher.precision, "the recipe or the command line says so"
-    rate = planner.gemm_rate(dtype)
+    device = torch.device("cuda" if machine.gpus else "cpu")
+    rate = planner.gemm_rate(dtype, (4096, 8192) if machine.gpus else (1024, 2048), device)
     vocab_size = shards.vocab_size
     if recipe.teacher is not None and recipe.teacher.model:
         # An embedding may have more rows than the tokenizer has tokens; the student learns the teacher's logits.

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe, Shape
 from daramgpt.run_directory import RunDirectory, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 # Beyond this many tokens a forward pass gains nothing on a CPU: products are large enough, buffers only grow.
 CPU_MICRO_BATCH_TOKENS = 4096
@@ -250,22 +253,35 @@ def describe(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> No
             say(f"  {key}: {plan[key]} ({plan['reasons'][key]})")
 
 
-def gemm_rate(dtype: str, seconds: float = 0.5) -> float:
-    """Measured FLOP/s of square matrix products on the device that trains."""
+def gemm_rate(dtype: str, sizes: Sequence[int], device: torch.device, seconds: float = 0.1) -> float:
+    """Best measured FLOP/s of square matrix products.
+
+    Args:
+        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        sizes: rows, tried one after the other.
+        device: that multiplies.
+        seconds: for each size, and at least two products.
+    """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = 8192 if device.type == "cuda" else 1024
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    left = torch.randn(size, size, device=device, dtype=kind)
-    product = left @ left
-    best, end = 0.0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        start = time.perf_counter()
-        torch.mm(left, left, out=product)
+    from daramgpt.teacher import DTYPES
+
+    def synchronise() -> None:
         if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            torch.cuda.synchronize(device)
+
+    best = 0.0
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+        product = torch.empty_like(left)
+        deadline, tries = time.perf_counter() + seconds, 0
+        while tries < 2 or time.perf_counter() < deadline:
+            synchronise()
+            start = time.perf_counter()
+            torch.mm(left, right, out=product)
+            synchronise()
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            tries += 1
     return best
 
 

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import machine, reference_loop, sentence_lengths, throughput
 from benchmarks.inputs import SHAPES
 from benchmarks.sides import Repetition, Work
+from daramgpt import planner
 
 
 def test_committed_lengths_are_a_distribution_that_pads_as_known() -> None:
@@ -140,7 +141,7 @@ def test_table_names_both_sides_and_says_what_was_not_measured() -> None:
 
 
 def test_gemm_rate_is_a_rate() -> None:
-    assert machine.gemm_rate("fp32", [64], torch.device("cpu"), seconds=0.01) > 1e6
+    assert planner.gemm_rate("fp32", [64], torch.device("cpu"), seconds=0.01) > 1e6
 
 
 def test_peak_memory_counts_from_its_start() -> None:
