@@ -206,9 +206,10 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _has_text(self) -> Recipe:
-        if self.teacher is None and self.loss.kd_weight:
-            raise ValueError("loss.kd_weight needs a teacher; set it to 0 for plain cross-entropy")
+    def _has_teacher(self) -> Recipe:
+        # Only the parts of a run, which are not read from a file, do without one.
+        if self.teacher is None:
+            raise ValueError("there is no [teacher]; give teacher.model, or [teacher.train]")
         return self
 
     def teacher_part(self) -> Recipe:

@@ -229,7 +229,8 @@ def _step(
 ) -> dict[str, Any] | None:
     """One optimizer step; advances `position` and gives the line for metrics, or None where fp16 overflowed."""
     step, start = position["step"], time.monotonic()
-    rate = learning_rate(recipe.optimizer.learning_rate, recipe.schedule, step, plan["num_steps"])
+    schedule = Schedule.model_validate(plan["schedule"])
+    rate = learning_rate(plan["learning_rate"], schedule, step, plan["num_steps"])
     num_targets = feed.num_targets(step)
     batches = (feed.batch(step, micro) for micro in range(feed.micro_batches))
     result = distiller.step(batches, num_targets, rate)

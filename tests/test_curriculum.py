@@ -45,7 +45,7 @@ def split(stage: Iterable[Text]) -> tuple[list[Text], list[Text]]:
 
 def make_recipe(*stages: tuple[str, str, int, str], **curriculum: object) -> Recipe:
     listed = [{"name": name, "corpus": corpus, "take": take, "unit": unit} for name, corpus, take, unit in stages]
-    data = {"name": "test", "curriculum": {"stages": listed, **curriculum}, "loss": {"kd_weight": 0}}
+    data = {"name": "test", "curriculum": {"stages": listed, **curriculum}, "teacher": {"model": "not-read-here"}}
     return validate(data, "test")
 
 

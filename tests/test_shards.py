@@ -121,7 +121,7 @@ def make_recipe(corpora: Path, **changes: object) -> Recipe:
             "name": "test",
             "corpus": {"dir": str(corpora)},
             "curriculum": {"stages": listed, "heldout_fraction": 0.05, **changes},
-            "loss": {"kd_weight": 0},
+            "teacher": {"model": "not-read-here"},
         },
         "test",
     )
