@@ -187,7 +187,7 @@ daramgpt() {
     return "$code"
 }
 
-DARAMGPT_SESSION_START=$(date +%s) # --hours counts from here
+DARAMGPT_SESSION_START=$(date +%s) SECONDS=0 # --hours counts from here
 export DARAMGPT_SESSION_START
 
 code=0
@@ -207,3 +207,4 @@ for command in doctor prepare plan train evaluate export report; do
     fi
     if ((code)); then exit "$code"; fi
 done
+printf 'launch.sh: %d min %d s after the set-up\n' "$((SECONDS / 60))" "$((SECONDS % 60))"
