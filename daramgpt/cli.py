@@ -278,9 +278,12 @@ def _guarded(run: Callable[[], Any]) -> int:
             )
         raise
     except subprocess.CalledProcessError as error:
-        return error.returncode
+        print(f"a rank failed ({error}); its traceback is in {_folder_in_use}/log.txt", file=sys.stderr)
+        return 1
 
 
 def _refuse(line: str) -> int:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    from daramgpt.commands import REFUSAL
+
+    print(f"{REFUSAL}{' '.join(line.split())}", file=sys.stderr)
     return 2

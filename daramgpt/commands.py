@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from daramgpt.progress import Console
     from daramgpt.shards import Shards
 
+# How a command's line for the user begins.
+REFUSAL = "error: "
 # Text that a tokenizer is trained from.
 TOKENIZER_TEXT_BYTES = 3_000_000
 
@@ -250,7 +252,7 @@ def train_on_ranks(
         hostfile: DeepSpeed's, of several machines.
 
     Raises:
-        UserError: there is no plan.
+        UserError: there is no plan, or a rank refused to go on.
         subprocess.CalledProcessError: a rank failed.
     """
     from daramgpt import planner
@@ -274,6 +276,8 @@ def _wait_for_ranks(command: list[str], run: RunDirectory) -> None:
     The launcher itself answers SIGTERM by killing the ranks, so it must not get one: it has a session of its own.
     """
     with run.log.open("a", encoding="utf-8") as log:
+        log.seek(0, os.SEEK_END)
+        begin = log.tell()
         process = subprocess.Popen(command, stderr=log, start_new_session=True)
 
         def on_signal(number: int, _: Any) -> None:
@@ -282,8 +286,16 @@ def _wait_for_ranks(command: list[str], run: RunDirectory) -> None:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
-        if code := process.wait():
-            raise subprocess.CalledProcessError(code if code > 0 else 1, command)
+        code = process.wait()
+    if not code:
+        return
+    with run.log.open("rb") as log_bytes:
+        log_bytes.seek(begin)
+        lines = log_bytes.read().decode("utf-8", errors="replace").splitlines()
+    # What a rank refuses it says as a command does; every rank says the same.
+    if refusals := [line for line in lines if line.startswith(REFUSAL)]:
+        raise UserError(f"a rank stopped: {refusals[0].removeprefix(REFUSAL)}", "then run the same command again")
+    raise subprocess.CalledProcessError(code, command)
 
 
 def num_ranks(num_gpus: int | None, hostfile: Path | None) -> int | None:

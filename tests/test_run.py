@@ -279,3 +279,14 @@ def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run) -> None:
     for name, value in untrained.weights().items():
         assert value.allclose(expected[name], rtol=1e-3, atol=1e-5), name
     assert untrained.status()["tokens"] == prepared.status()["tokens"]
+
+
+def test_what_a_rank_refuses_reaches_the_user(untrained: Run) -> None:
+    untrained.directory.plan.unlink()
+    untrained("plan", "--num-gpus", "2")
+    (untrained.directory.shards / "index.json").unlink()
+    process = untrained.start("train")
+    assert process.wait(DEADLINE_SECONDS) == 2
+    output = (untrained.folder / "output.txt").read_text(encoding="utf-8")
+    assert "Traceback" not in output
+    assert str(untrained.directory.shards) in output.splitlines()[-1]

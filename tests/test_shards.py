@@ -312,7 +312,13 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(
     ):
         with pytest.raises(UserError, match=key):
             refused()
-    os.utime(corpora / "wiki", ns=(1, 1))
+    wiki = next(path for path in (corpora / "wiki", *(corpora / "wiki").rglob("*")) if path.is_file())
+    # Copied or mounted anew it is the same corpus; changed in place it is not.
+    os.utime(wiki, ns=(1, 1))
+    prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, said.append)
+    assert "complete" in said[-1]
+    text = wiki.read_bytes()
+    wiki.write_bytes(text[:-2] + bytes([text[-2] ^ 1]) + text[-1:])
     with pytest.raises(UserError, match="corpus file wiki"):
         prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, print)
     assert files_of(run.shards) == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,13 @@ def test_gemm_rate_is_a_rate() -> None:
 
 
 def test_peak_memory_counts_from_its_start() -> None:
-    memory = machine.PeakMemory(torch.device("cpu"))
-    memory.start()
-    held = torch.ones(10_000_000)
-    assert memory.read_bytes() > held.nbytes * 0.5
+    """In a process of its own: this one may hold freed memory that a new tensor would take without growing."""
+    script = """
+import torch
+from benchmarks import machine
+memory = machine.PeakMemory(torch.device("cpu"))
+memory.start()
+held = torch.ones(10_000_000)
+assert held.nbytes * 0.5 < memory.read_bytes() < held.nbytes * 2, memory.read_bytes()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

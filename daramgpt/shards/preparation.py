@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ TEXT_VERSION = 1
 
 _BATCH_CHARACTERS = 400_000
 _PROGRESS = "progress.json"
+_SAMPLE_BYTES = 64 * 1024
 # Text in a compressed corpus file, at most, and tokens in a byte of Korean text, with something to spare.
 _MOST_TEXT_PER_FILE_BYTE = 10
 _TOKENS_PER_TEXT_BYTE = 0.225
@@ -102,10 +104,17 @@ def fingerprint(
             keys[f"curriculum.stages.{stage.name}.{key}"] = getattr(stage, key)
     for corpus, paths in files.items():
         for path in (part for first in paths for part in parts_of(first)):
-            status = path.stat()
-            # Relative names: the corpora may be moved, with their times kept.
-            keys[f"corpus file {corpus}: {path.relative_to(folder)}"] = [status.st_size, status.st_mtime_ns]
+            # Neither whole paths nor times: a corpus may be moved, copied, or mounted anew for each session.
+            keys[f"corpus file {corpus}: {path.relative_to(folder)}"] = [path.stat().st_size, _sample_hash(path)]
     return keys
+
+
+def _sample_hash(path: Path) -> str:
+    """Hash of a file's two ends, which tell files of one size apart: an archive's end lists its members' checksums."""
+    with path.open("rb") as file:
+        sample = file.read(_SAMPLE_BYTES)
+        file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
+        return blake2b(sample + file.read(_SAMPLE_BYTES), digest_size=16).hexdigest()
 
 
 def _is_finished(run: RunDirectory, wanted: dict[str, Any]) -> bool:
