@@ -73,7 +73,7 @@ def test_a_silent_console_says_and_keeps_nothing(tmp_path: Path, capsys: pytest.
 
 def test_what_libraries_say_goes_to_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Console(tmp_path / "log.txt")
-    logging.getLogger("a.library").warning("something odd")
+    logging.getLogger("some_library").warning("something odd")
     warnings.warn("something old", UserWarning, stacklevel=1)
     text = (tmp_path / "log.txt").read_text()
     assert "something odd" in text and "something old" in text
