@@ -207,11 +207,13 @@ def test_an_interruption_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> 
     assert "goes on from there" in capsys.readouterr().err
 
 
-def test_a_rank_that_failed_gives_its_exit_code() -> None:
+def test_a_rank_that_failed_is_a_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     def failed() -> None:
         raise subprocess.CalledProcessError(7, ["deepspeed"])
 
-    assert cli._guarded(failed) == 7
+    assert cli._guarded(failed) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "exit status 7" in line and "log.txt" in line
 
 
 @pytest.mark.parametrize("fault", ["ZeroDivisionError('ours')", "OSError(5, 'Input/output error')", "AssertionError()"])
