@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from daramgpt.corpora import ReadReport, locate, read
+from daramgpt.corpora import ReadReport, find, read
 from daramgpt.curriculum import cut
 from daramgpt.run_directory import write_atomically
 
@@ -79,8 +79,7 @@ def count_lengths(sentences: Iterable[str], tokenizer: PreTrainedTokenizerBase) 
 
 def web_sentences(corpus_dir: Path) -> Iterator[str]:
     """Sentences of the web corpus as the curriculum cuts them."""
-    paths = locate(corpus_dir, "web", "web")
-    for document in read("web", "web", paths, ReadReport()):
+    for document in read(find(corpus_dir, "web", "web"), ReadReport()):
         for unit in cut(document, "sentence"):
             yield unit.strip()
 

@@ -14,37 +14,26 @@ of the waiting documents whose hash is lowest are held out instead; none of them
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from daramgpt import corpora
-from daramgpt.corpora import Document, ReadReport
+from daramgpt.corpora import Corpus, Document, ReadReport
+from daramgpt.corpora.hub import HubDataset
 from daramgpt.recipe import Recipe, Stage
 from daramgpt.run_directory import RunDirectory
 
 READ_AHEAD_BYTES = 8_000_000
 HELDOUT_BYTES = 2_000_000
+# Far beyond any sentence or paragraph: what is longer is cut at white space, lest a tokenizer be given a whole book.
+LONGEST_UNIT_CHARACTERS = 50_000
 
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document, or the part of it that a stage takes, cut into units.
-
-    Attributes:
-        id: of the document.
-        units: each with the separator before it: nothing before the first, a line feed before the first of a
-            paragraph, else a space. Joined by nothing they are the text.
-        heldout: whether it is for measuring only.
-    """
-
-    id: str
-    units: tuple[str, ...]
-    heldout: bool = False
+SPLITTERS = {"rules": corpora.split_sentences}
 
 
 def corpus_dir(recipe: Recipe, run: RunDirectory) -> Path:
@@ -52,72 +41,165 @@ def corpus_dir(recipe: Recipe, run: RunDirectory) -> Path:
     return Path(recipe.corpus.dir) if recipe.corpus.dir else run.corpora
 
 
+def find_corpora(recipe: Recipe, corpus_dir: Path) -> dict[str, Corpus]:
+    """Where each corpus of the recipe is, by name.
+
+    Raises:
+        UserError: one is not there.
+    """
+    found = {}
+    for name in dict.fromkeys(stage.corpus for stage in recipe.curriculum.stages):
+        if (dataset := recipe.corpus.datasets.get(name)) is not None:
+            found[name] = Corpus(name, "datasets", [], HubDataset(**dataset.model_dump()))
+        else:
+            found[name] = corpora.find(corpus_dir, name, recipe.corpus.formats.get(name))
+    return found
+
+
 def take_bytes(recipe: Recipe, stage: Stage) -> int:
     """Bytes of pure text (UTF-8, separators not counted) that a stage takes."""
     return max(1, round(stage.take * recipe.curriculum.scale))
 
 
-def cut(document: Document, unit: str) -> list[str]:
-    """Units of a document, as in `Text.units`; `unit` is ``"sentence"`` or ``"paragraph"``."""
+def cut(document: Document, unit: str, splitter: str = "rules") -> list[str]:
+    """Units of a document, each with the separator before it: nothing before the first, a line feed before the first
+    of a paragraph, else a space. Joined by nothing they are the text.
+
+    Args:
+        unit: ``"sentence"`` or ``"paragraph"``.
+        splitter: a name in `SPLITTERS`.
+    """
     units: list[str] = []
+    split = SPLITTERS[splitter]
     for paragraph in document.paragraphs:
         if unit == "paragraph":
             parts = [" ".join(paragraph)]
         else:
-            parts = [sentence for piece in paragraph for sentence in corpora.split_sentences(piece)]
+            parts = [sentence for piece in paragraph for sentence in split(piece)]
         separator = "\n" if units else ""
         for part in parts:
             units.append(separator + part)
+            if len(part) > LONGEST_UNIT_CHARACTERS:
+                units[-1:] = _cut_long(units[-1])
             separator = " "
     return units
 
 
-def text_bytes(units: Iterable[str]) -> int:
-    """UTF-8 bytes of units, their separators not counted."""
-    return sum(_unit_bytes(unit) for unit in units)
+def _cut_long(unit: str) -> list[str]:
+    """A unit in parts that each but the first begin with the space that they were cut at, where there is one."""
+    parts = []
+    start = 0
+    while len(unit) - start > LONGEST_UNIT_CHARACTERS:
+        end = unit.rfind(" ", start + 1, start + LONGEST_UNIT_CHARACTERS)
+        end = end if end > 0 else start + LONGEST_UNIT_CHARACTERS
+        parts.append(unit[start:end])
+        start = end
+    return [*parts, unit[start:]]
 
 
-def heldout_hash(document: Document) -> float:
-    """A number in [0, 1), uniform over documents, that depends on the document's source and id alone."""
-    digest = blake2b(f"{document.source}/{document.id}".encode(), digest_size=8).digest()
+def separator_bytes(unit: str) -> int:
+    """Bytes of the separator that a unit begins with: 0 or 1."""
+    return int(unit[0] in " \n")
+
+
+def heldout_hash(source: str, document_id: str) -> float:
+    """A number in [0, 1), uniform over documents, that depends on a document's corpus and id alone."""
+    digest = blake2b(f"{source}/{document_id}".encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-class _Heldout:
+class Units(Protocol):
+    """A document cut into units, in whatever form: text or tokens."""
+
+    @property
+    def unit_bytes(self) -> Iterable[Any]:
+        """UTF-8 bytes of each unit, its separator not counted; integers."""
+
+    def first(self, num_units: int) -> Self:
+        """The units before `num_units`."""
+
+
+UnitsT = TypeVar("UnitsT", bound=Units)
+
+
+class Readable(Protocol[UnitsT]):
+    """A document that the curriculum deals out, in whatever form."""
+
+    source: str
+    id: str
+    text_bytes: int
+
+    def cut(self, unit: str) -> UnitsT:
+        """The document in units."""
+
+    def rest(self, unit: str, num_units: int) -> Readable[UnitsT]:
+        """The document without its first units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Generic[UnitsT]):
+    """A document, or the part of it that a stage takes.
+
+    Attributes:
+        heldout: whether it is for measuring only.
+    """
+
+    id: str
+    units: UnitsT
+    heldout: bool = False
+
+
+@dataclass(slots=True)
+class Heldout:
     """Held-out documents of a stage, `HELDOUT_BYTES` of text at most but one document at least."""
 
-    def __init__(self) -> None:
-        self.documents: list[Document] = []
-        self.num_bytes = 0
+    num_documents: int = 0
+    num_bytes: int = 0
 
-    def add(self, document: Document) -> None:
-        size = _document_bytes(document)
-        if not self.documents or self.num_bytes + size <= HELDOUT_BYTES:
-            self.documents.append(document)
-            self.num_bytes += size
+    def takes(self, document: Readable[UnitsT]) -> bool:
+        if self.num_documents and self.num_bytes + document.text_bytes > HELDOUT_BYTES:
+            return False
+        self.num_documents += 1
+        self.num_bytes += document.text_bytes
+        return True
 
     def wants(self, num_documents: int) -> int:
         """How many are missing to so many documents."""
-        return num_documents - len(self.documents) if self.num_bytes < HELDOUT_BYTES else 0
+        return num_documents - self.num_documents if self.num_bytes < HELDOUT_BYTES else 0
 
 
-class CorpusStream:
+class CorpusStream(Generic[UnitsT]):
     """One pass through one corpus, which stage after stage is taken from.
+
+    Between two texts its whole state is how many documents it has drawn from `documents`, and its attributes.
 
     Args:
         documents: in reading order.
         heldout_fraction: share of documents that are never trained on.
+
+    Attributes:
+        rest: of the document that the last stage cut, if any.
+        waiting: documents passed over by reading ahead.
+        heldout: what the stage that is taken has of them.
     """
 
-    def __init__(self, documents: Iterator[Document], heldout_fraction: float) -> None:
+    def __init__(self, documents: Iterator[Readable[UnitsT]], heldout_fraction: float) -> None:
         self._documents = documents
         self._heldout_fraction = heldout_fraction
-        self._rest: Document | None = None
-        self._waiting: deque[Document] = deque()
-        self._waiting_bytes = 0
+        self.rest: Readable[UnitsT] | None = None
+        self.waiting: deque[Readable[UnitsT]] = deque()
+        self.heldout = Heldout()
 
-    def take(self, num_bytes: int, unit: str, heldout_documents: int, is_last: bool) -> Iterator[Text]:
-        """The next stage: its training texts in order, then its held-out texts, which are whole documents.
+    def take(
+        self,
+        num_bytes: int,
+        unit: str,
+        heldout_documents: int,
+        is_last: bool,
+        taken_bytes: int = 0,
+        heldout_so_far: tuple[int, int] = (0, 0),
+    ) -> Iterator[Taken[UnitsT]]:
+        """The next stage: training texts in order, and among them whole documents that are held out.
 
         Held-out documents beyond `HELDOUT_BYTES` are left out of both. To be gone through to its end.
 
@@ -126,117 +208,143 @@ class CorpusStream:
             unit: ``"sentence"`` or ``"paragraph"``.
             heldout_documents: how many to have at least, if need be by reading ahead.
             is_last: whether no later stage reads this corpus.
+            taken_bytes: what the stage has of `num_bytes` already, if it is gone on with.
+            heldout_so_far: the same of its held-out documents: their number and bytes.
         """
-        heldout = _Heldout()
-        left = num_bytes
-        while left > 0 and (document := self._next_training(heldout)) is not None:
-            units = cut(document, unit)
-            ends = list(accumulate(map(_unit_bytes, units)))
+        heldout = self.heldout = Heldout(*heldout_so_far)
+        left = num_bytes - taken_bytes
+        while left > 0:
+            if self.rest is not None:
+                document, self.rest = self.rest, None
+            elif self.waiting:
+                document = self.waiting.popleft()
+            elif (drawn := next(self._documents, None)) is None:
+                break
+            else:
+                document = drawn
+                if self._is_heldout(document):
+                    if heldout.takes(document):
+                        yield Taken(document.id, document.cut(unit), heldout=True)
+                    continue
+            units = document.cut(unit)
+            ends = list(accumulate(map(int, units.unit_bytes)))
             num_units = bisect_left(ends, left) + 1
-            if num_units < len(units):
-                self._rest = _document_of(document, units[num_units:])
-            left -= sum(map(_unit_bytes, units[:num_units]))
-            yield Text(document.id, tuple(units[:num_units]))
+            if num_units < len(ends):
+                self.rest = document.rest(unit, num_units)
+                units, ends = units.first(num_units), ends[:num_units]
+            left -= ends[-1] if ends else 0
+            yield Taken(document.id, units)
         if self._heldout_fraction > 0:
-            self._read_ahead(heldout, heldout_documents)
-            self._hold_out_waiting(heldout, heldout_documents, is_last)
-        for document in heldout.documents:
-            yield Text(document.id, tuple(cut(document, unit)), heldout=True)
+            for document in (
+                *self._read_ahead(heldout, heldout_documents),
+                *self._hold_out_waiting(heldout, heldout_documents, is_last),
+            ):
+                yield Taken(document.id, document.cut(unit), heldout=True)
 
-    def _next_training(self, heldout: _Heldout) -> Document | None:
-        if self._rest is not None:
-            document, self._rest = self._rest, None
-            return document
-        if self._waiting:
-            document = self._waiting.popleft()
-            self._waiting_bytes -= _document_bytes(document)
-            return document
-        return self._read(heldout)
+    def _is_heldout(self, document: Readable[UnitsT]) -> bool:
+        return heldout_hash(document.source, document.id) < self._heldout_fraction
 
-    def _read(self, heldout: _Heldout) -> Document | None:
-        """The reader's next document to train on; what is held out before it is put aside."""
-        for document in self._documents:
-            if heldout_hash(document) >= self._heldout_fraction:
-                return document
-            heldout.add(document)
-        return None
-
-    def _read_ahead(self, heldout: _Heldout, wanted: int) -> None:
-        while heldout.wants(wanted) > 0 and self._waiting_bytes < READ_AHEAD_BYTES:
+    def _read_ahead(self, heldout: Heldout, wanted: int) -> Iterator[Readable[UnitsT]]:
+        waiting_bytes = sum(document.text_bytes for document in self.waiting)
+        while heldout.wants(wanted) > 0 and waiting_bytes < READ_AHEAD_BYTES:
             document = next(self._documents, None)
             if document is None:
                 return
-            if heldout_hash(document) < self._heldout_fraction:
-                heldout.add(document)
-            else:
-                self._waiting.append(document)
-                self._waiting_bytes += _document_bytes(document)
+            if not self._is_heldout(document):
+                self.waiting.append(document)
+                waiting_bytes += document.text_bytes
+            elif heldout.takes(document):
+                yield document
 
-    def _hold_out_waiting(self, heldout: _Heldout, wanted: int, is_last: bool) -> None:
+    def _hold_out_waiting(self, heldout: Heldout, wanted: int, is_last: bool) -> list[Readable[UnitsT]]:
         # A later stage must not starve for the sake of measuring this one.
-        available = len(self._waiting) if is_last else len(self._waiting) // 2
+        available = len(self.waiting) if is_last else len(self.waiting) // 2
         num_chosen = min(heldout.wants(wanted), available)
         if num_chosen <= 0:
-            return
-        lowest_first = sorted(range(len(self._waiting)), key=lambda index: heldout_hash(self._waiting[index]))
-        chosen = set(lowest_first[:num_chosen])
-        for index in sorted(chosen):
-            heldout.add(self._waiting[index])
-        self._waiting = deque(document for index, document in enumerate(self._waiting) if index not in chosen)
-        self._waiting_bytes = sum(map(_document_bytes, self._waiting))
+            return []
+        hashes = [heldout_hash(document.source, document.id) for document in self.waiting]
+        lowest = set(sorted(range(len(hashes)), key=hashes.__getitem__)[:num_chosen])
+        chosen = [self.waiting[index] for index in sorted(lowest)]
+        self.waiting = deque(document for index, document in enumerate(self.waiting) if index not in lowest)
+        return [document for document in chosen if heldout.takes(document)]
 
 
-class Reader:
-    """The stages of a recipe, read from its corpora in order.
+@dataclass(frozen=True, slots=True)
+class TextUnits:
+    """`Units` as text; each with its separator, as `cut` gives them."""
 
-    Attributes:
-        files: of each corpus.
+    texts: tuple[str, ...]
 
-    Raises:
-        UserError: a corpus that is not there (on construction), or cannot be read (while reading).
+    @property
+    def unit_bytes(self) -> list[int]:
+        return [len(text.encode()) - separator_bytes(text) for text in self.texts]
+
+    def first(self, num_units: int) -> TextUnits:
+        return TextUnits(self.texts[:num_units])
+
+
+class TextDocument:
+    """A `Readable` that is read, cut and used as text.
+
+    Args:
+        splitter: of sentences, a name in `SPLITTERS`.
     """
 
-    def __init__(self, recipe: Recipe, corpus_dir: Path) -> None:
-        self._recipe = recipe
-        self._stages = recipe.curriculum.stages
-        self._formats = {stage.corpus: recipe.corpus.formats.get(stage.corpus, stage.corpus) for stage in self._stages}
-        self.files = {name: corpora.locate(corpus_dir, name, format) for name, format in self._formats.items()}
-        self._reports: dict[str, ReadReport] = {}
-        self._streams: dict[str, CorpusStream] = {}
-        self._taken: Counter[str] = Counter()
+    def __init__(self, document: Document, splitter: str = "rules") -> None:
+        self.source, self.id = document.source, document.id
+        self.text_bytes = document_bytes(document)
+        self._document, self._splitter = document, splitter
 
-    def skip_to(self, index: int) -> None:
-        """Read past the stages before number `index` that share its corpus, unless that has been done."""
-        corpus = self._stages[index].corpus
-        earlier = [i for i in range(index) if self._stages[i].corpus == corpus]
-        for i in earlier[self._taken[corpus] :]:
-            for _ in self.texts(i):
-                pass
+    def cut(self, unit: str) -> TextUnits:
+        return TextUnits(tuple(cut(self._document, unit, self._splitter)))
 
-    def texts(self, index: int) -> Iterator[Text]:
-        """Texts of stage number `index`, as `CorpusStream.take` gives them; to be gone through to its end."""
-        self.skip_to(index)
-        stage, curriculum = self._stages[index], self._recipe.curriculum
-        is_last = all(later.corpus != stage.corpus for later in self._stages[index + 1 :])
-        stream = self._streams.get(stage.corpus) or self._open(stage.corpus)
-        self._taken[stage.corpus] += 1
-        yield from stream.take(
-            take_bytes(self._recipe, stage), stage.unit, curriculum.heldout_documents, is_last=is_last
+    def rest(self, unit: str, num_units: int) -> TextDocument:
+        return TextDocument(rest_of(self._document, unit, num_units, self._splitter), self._splitter)
+
+
+def document_bytes(document: Document) -> int:
+    """UTF-8 bytes of a document's pieces."""
+    return sum(len(piece.encode()) for paragraph in document.paragraphs for piece in paragraph)
+
+
+def rest_of(document: Document, unit: str, num_units: int, splitter: str) -> Document:
+    """What is left of a document when a stage has taken its first units."""
+    paragraphs: list[list[str]] = []
+    for text in cut(document, unit, splitter)[num_units:]:
+        if text[0] == "\n" or not paragraphs:
+            paragraphs.append([])
+        paragraphs[-1].append(text[separator_bytes(text) :])
+    return Document(document.source, document.id, tuple(tuple(pieces) for pieces in paragraphs))
+
+
+def is_last_of_corpus(recipe: Recipe, number: int) -> bool:
+    """Whether no stage after this one reads the same corpus."""
+    stages = recipe.curriculum.stages
+    return all(later.corpus != stages[number].corpus for later in stages[number + 1 :])
+
+
+def stages(recipe: Recipe, corpus_dir: Path) -> Iterator[tuple[Stage, Iterator[Taken[TextUnits]]]]:
+    """The stages with their texts, read by this process alone; each to be gone through before the next.
+
+    Raises:
+        UserError: a corpus that is not there or cannot be read.
+    """
+    streams = {}
+    for name, corpus in find_corpora(recipe, corpus_dir).items():
+        documents = corpora.read(corpus, ReadReport(), strict=recipe.corpus.strict)
+        splitter = recipe.corpus.splitters.get(name, "rules")
+        readable = (TextDocument(document, splitter) for document in documents)
+        streams[name] = CorpusStream(readable, recipe.curriculum.heldout_fraction)
+    for number, stage in enumerate(recipe.curriculum.stages):
+        yield (
+            stage,
+            streams[stage.corpus].take(
+                take_bytes(recipe, stage),
+                stage.unit,
+                recipe.curriculum.heldout_documents,
+                is_last=is_last_of_corpus(recipe, number),
+            ),
         )
-        if is_last:
-            del self._streams[stage.corpus]
-
-    def report(self, corpus: str) -> ReadReport:
-        """A copy of what has been counted and noted in a corpus so far."""
-        return deepcopy(self._reports.get(corpus, ReadReport()))
-
-    def _open(self, corpus: str) -> CorpusStream:
-        report = self._reports[corpus] = ReadReport()
-        documents = corpora.read(
-            corpus, self._formats[corpus], self.files[corpus], report, strict=self._recipe.corpus.strict
-        )
-        self._streams[corpus] = CorpusStream(documents, self._recipe.curriculum.heldout_fraction)
-        return self._streams[corpus]
 
 
 def texts(recipe: Recipe, corpus_dir: Path, max_bytes: int) -> Iterator[str]:
@@ -248,30 +356,16 @@ def texts(recipe: Recipe, corpus_dir: Path, max_bytes: int) -> Iterator[str]:
     Raises:
         UserError: a corpus that is not there or cannot be read.
     """
-    reader = Reader(recipe, corpus_dir)
     total = sum(take_bytes(recipe, stage) for stage in recipe.curriculum.stages)
-    for index, stage in enumerate(recipe.curriculum.stages):
+    for stage, taken in stages(recipe, corpus_dir):
         left = max_bytes * take_bytes(recipe, stage) / total
         # The stage is read to its end in any case: where it ends, the next of its corpus begins.
-        for text in reader.texts(index):
+        for text in taken:
             if left > 0 and not text.heldout:
-                left -= text_bytes(text.units)
-                yield from (unit.lstrip() for unit in text.units)
+                left -= sum(text.units.unit_bytes)
+                yield from (unit.lstrip() for unit in text.units.texts)
 
 
-def _unit_bytes(unit: str) -> int:
-    return len(unit.encode()) - (unit[0] in " \n")
-
-
-def _document_bytes(document: Document) -> int:
-    return sum(len(piece.encode()) for paragraph in document.paragraphs for piece in paragraph)
-
-
-def _document_of(document: Document, units: list[str]) -> Document:
-    """What is left of a document when a stage has taken the units before these."""
-    paragraphs: list[list[str]] = []
-    for unit in units:
-        if unit[0] == "\n" or not paragraphs:
-            paragraphs.append([])
-        paragraphs[-1].append(unit[1:])
-    return Document(document.source, document.id, tuple(tuple(pieces) for pieces in paragraphs))
+def text_bytes(units: Iterable[str]) -> int:
+    """UTF-8 bytes of units, their separators not counted."""
+    return sum(len(unit.encode()) - separator_bytes(unit) for unit in units)

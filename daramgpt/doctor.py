@@ -218,16 +218,17 @@ def _corpora(recipe: Recipe) -> Iterator[Check]:
         else:
             yield Check("corpus", "ok", f"{recipe.corpus.made_megabytes:g} MB, made by the run")
         return
-    from daramgpt import corpora
+    from daramgpt.curriculum import find_corpora
 
+    try:
+        corpora = find_corpora(recipe, Path(recipe.corpus.dir).expanduser())
+    except UserError as error:
+        yield Check("corpus", "blocked", str(error))
+        return
     found = []
-    for name in dict.fromkeys(stage.corpus for stage in recipe.curriculum.stages):
-        try:
-            files = corpora.locate(Path(recipe.corpus.dir).expanduser(), name, recipe.corpus.formats.get(name, name))
-        except UserError as error:
-            yield Check("corpus", "blocked", str(error))
-            return
-        found.append(f"{name} {len(files)} file{'s' * (len(files) != 1)}")
+    for name, corpus in corpora.items():
+        num_files = len(corpus.paths)
+        found.append(f"{name} {num_files} file{'s' * (num_files != 1)}" if num_files else f"{name} data set")
     yield Check("corpus", "ok", ", ".join(found))
 
 

@@ -45,6 +45,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class Dataset(Section):
+    """A corpus that `datasets.load_dataset` streams, from the Hugging Face hub or a local directory."""
+
+    path: str = Field(description='id on the hub, such as "wikimedia/wikipedia", or a directory')
+    config: str | None = Field(None, description='configuration of the data set, such as "20231101.ko"')
+    split: str = Field("train", description="part of the data set")
+    revision: str | None = Field(None, description="of the hub id: a tag, branch or commit")
+    text_field: str = Field("text", description="column that holds the text")
+
+
 class Corpus(Section):
     """Where the text comes from."""
 
@@ -53,9 +63,16 @@ class Corpus(Section):
         None, gt=0, description="make a corpus of this size by the built-in grammar when no folder is given"
     )
     formats: dict[str, str] = Field(
-        default_factory=dict, description="format of a corpus, where it differs from the corpus's name"
+        default_factory=dict, description="format of a corpus, where its data or its name do not tell"
+    )
+    datasets: dict[str, Dataset] = Field(
+        default_factory=dict, description="corpora that the datasets library streams instead of files in the folder"
+    )
+    splitters: dict[str, Literal["rules", "kiwi"]] = Field(
+        default_factory=dict, description="sentence splitter of a corpus: rules, or kiwi for informal text"
     )
     strict: bool = Field(False, description="bad input is fatal instead of counted and named")
+    workers: int | None = Field(None, ge=1, description="processes that read and tokenise; none = one a core")
 
 
 class Stage(Section):
@@ -360,7 +377,7 @@ def _toml_value(value: Any) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys that decide the result of a run and differ, as ``"key: old → new"``."""
-    free = {"budget", "checkpoint", "evaluation", "name"}
+    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True, "corpus": {"workers"}}
     flat_old, flat_new = (dict(_flatten(recipe.model_dump(mode="json", exclude=free))) for recipe in (old, new))
     return [
         f"{key}: {flat_old.get(key)} → {flat_new.get(key)}"

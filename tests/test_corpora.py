@@ -12,8 +12,9 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from daramgpt.corpora import Document, ReadReport, detect, locate, read
-from daramgpt.corpora.reading import Reading, RepeatTable
+from daramgpt.corpora import Document, ReadReport, detect, find, read
+from daramgpt.corpora.reading import Reading
+from daramgpt.corpora.repeats import RepeatTable, text_digest
 from daramgpt.corpora.wikitext import plain_lines
 from daramgpt.errors import UserError
 
@@ -22,7 +23,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "corpora"
 
 def read_all(name: str, folder: Path, strict: bool = False) -> tuple[list[Document], ReadReport]:
     report = ReadReport()
-    documents = list(read(name, name, locate(folder, name, name), report, strict))
+    documents = list(read(find(folder, name), report, strict))
     assert report.documents == len(documents)
     return documents, report
 
@@ -163,6 +164,7 @@ def test_written_headings_marks_and_escapes(tmp_path: Path) -> None:
     ]
     assert report.cleaned == {
         "glued heading number removed": 3,
+        "file passed over: no data of this format": 1,
         "empty paragraph dropped": 2,
         "editorial mark removed": 1,
         "literal \\n removed": 1,
@@ -309,10 +311,15 @@ def test_normal_form_and_control_characters(tmp_path: Path) -> None:
 
 def test_repeat_table_is_bounded_and_forgets_only_when_full() -> None:
     table = RepeatTable(num_slots=64)
-    first = [[(f"글 {number}",)] for number in range(20)]
-    assert not any(table.seen(paragraphs) for paragraphs in first)
-    assert all(table.seen(paragraphs) for paragraphs in first)
-    assert not any(table.seen([(f"다른 글 {number}",)]) for number in range(500))
+
+    def digests(start: int, end: int) -> list[int]:
+        return [text_digest(Document("web", "1", ((f"글 {number}",),))) for number in range(start, end)]
+
+    first = digests(0, 20)
+    assert not any(map(table.seen, first))
+    assert all(map(table.seen, first))
+    assert all(map(RepeatTable(first).seen, first))
+    assert not any(map(table.seen, digests(20, 520)))
 
 
 # Files, order, faults
@@ -339,21 +346,21 @@ def test_unpacked_folders_and_split_archives_read_like_the_archive(tmp_path: Pat
     write_zip(tmp_path / "folder" / "written" / "N.zip", entries)
     again, report = read_all("written", tmp_path / "folder")
     assert sorted(again, key=lambda d: d.id) == sorted(whole, key=lambda d: d.id)
-    assert report.cleaned["file present twice"] == 5
+    assert report.cleaned["file passed over: present twice"] == 5
 
 
-def test_locate_without_a_folder_of_that_name_goes_by_the_data(tmp_path: Path) -> None:
+def test_find_without_a_folder_of_that_name_goes_by_the_data(tmp_path: Path) -> None:
     web = write_zip(tmp_path / "받은 것" / "TL1.zip", {"a/x.json": labelled(("", ["가."]))})
     book = write_zip(tmp_path / "받은 것" / "N.zip", {"N.pdf": "%PDF-", "W1.json": written(["글."])})
     (tmp_path / "받은 것" / "README.txt").write_text("설명", encoding="utf-8")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert locate(tmp_path, "web", "web") == [web]
-    assert locate(tmp_path, "written", "written") == [book]
+    assert find(tmp_path, "web").paths == [web]
+    assert find(tmp_path, "written").paths == [book]
     assert detect(tmp_path / "받은 것" / "README.txt") is None
     with pytest.raises(UserError, match="wiki"):
-        locate(tmp_path, "wiki", "wiki")
+        find(tmp_path, "wiki")
     with pytest.raises(UserError, match="does not exist"):
-        locate(tmp_path / "none", "web", "web")
+        find(tmp_path / "none", "web")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
@@ -363,7 +370,7 @@ def test_unreadable_folder_is_named(tmp_path: Path) -> None:
     closed.chmod(0)
     try:
         with pytest.raises(UserError, match="닫힌"):
-            locate(tmp_path, "web", "web")
+            find(tmp_path, "web")
     finally:
         closed.chmod(0o700)
 
@@ -396,10 +403,11 @@ def test_broken_files_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
         "a.zip!W3.json",
         "a.zip!W4.json",
         "b.zip",
+        "b.zip!W1.json",
         "c.zip!../W6.json",
     ]
     assert not (tmp_path / "W6.json").exists()
-    with pytest.raises(UserError, match=r"W5\.json"):
+    with pytest.raises(UserError, match=r"b\.zip"):
         read_all("written", tmp_path, strict=True)
 
 
@@ -419,8 +427,8 @@ def test_a_corpus_that_yields_nothing_is_an_error(tmp_path: Path) -> None:
     write_zip(tmp_path / "written" / "a.zip", {"W1.json": written([" "])})
     with pytest.raises(UserError, match="gave no text"):
         read_all("written", tmp_path)
-    with pytest.raises(UserError, match="unknown corpus format"):
-        list(read("x", "hwp", [], ReadReport()))
+    with pytest.raises(UserError, match="unknown format"):
+        find(tmp_path, "written", "hwp")
 
 
 # The sample corpora

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daramgpt import curriculum
-from daramgpt.corpora import Document, ReadReport
-from daramgpt.curriculum import CorpusStream, Reader, Text, cut, heldout_hash, take_bytes, text_bytes, texts
+from daramgpt.corpora import Document
+from daramgpt.curriculum import CorpusStream, Taken, TextDocument, TextUnits, cut, stages, take_bytes, text_bytes, texts
 from daramgpt.recipe import Recipe, validate
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -38,7 +39,15 @@ def make_documents(count: int, source: str = "web", size: int = 30) -> list[Docu
     ]
 
 
-def split(stage: Iterable[Text]) -> tuple[list[Text], list[Text]]:
+def heldout_hash(document: Document) -> float:
+    return curriculum.heldout_hash(document.source, document.id)
+
+
+def stream_of(documents: Iterable[Document], heldout_fraction: float) -> CorpusStream[TextUnits]:
+    return CorpusStream(map(TextDocument, documents), heldout_fraction)
+
+
+def split(stage: Iterable[Taken[TextUnits]]) -> tuple[list[Taken[TextUnits]], list[Taken[TextUnits]]]:
     stage = list(stage)
     return [text for text in stage if not text.heldout], [text for text in stage if text.heldout]
 
@@ -68,12 +77,12 @@ def test_stages_go_on_where_the_one_before_ended(
     contents: list[tuple[tuple[str, ...], ...]], stages: list[tuple[int, str]]
 ) -> None:
     documents = documents_of(contents)
-    stream = CorpusStream(iter(documents), heldout_fraction=0.0)
+    stream = stream_of(documents, 0.0)
     seen: list[str] = []
     for num_bytes, kind in stages:
         training, heldout = split(stream.take(num_bytes, kind, 4, is_last=False))
         assert not heldout
-        units = [unit for text in training for unit in text.units]
+        units = [unit for text in training for unit in text.units.texts]
         seen += [word for unit in units for word in unit.split()]
         taken = text_bytes(units)
         everything = [word for document in documents for word in "".join(cut(document, kind)).split()]
@@ -89,17 +98,17 @@ def test_nothing_held_out_is_trained_on_and_nothing_twice(
     contents: list[tuple[tuple[str, ...], ...]], fraction: float, wanted: int, takes: list[int]
 ) -> None:
     documents = documents_of(contents)
-    stream = CorpusStream(iter(documents), fraction)
+    stream = stream_of(documents, fraction)
     trained, measured = [], []
     for number, num_bytes in enumerate(takes):
         training, heldout = split(stream.take(num_bytes, "sentence", wanted, is_last=number == len(takes) - 1))
-        trained += [(text.id, unit) for text in training for unit in text.units]
+        trained += [(text.id, unit) for text in training for unit in text.units.texts]
         measured += heldout
     measured_ids = [text.id for text in measured]
     assert len(set(measured_ids)) == len(measured_ids)
     assert not set(measured_ids) & {id for id, _ in trained}
     for text in measured:
-        assert list(text.units) == cut(documents[int(text.id)], "sentence")
+        assert list(text.units.texts) == cut(documents[int(text.id)], "sentence")
     for document in documents:
         assert heldout_hash(document) >= fraction or all(id != document.id for id, _ in trained)
         units = [unit.strip() for id, unit in trained if id == document.id]
@@ -116,7 +125,7 @@ def test_held_out_documents_depend_on_their_id_alone() -> None:
 
 def test_a_short_stage_reads_ahead_and_the_next_gets_what_was_passed_over() -> None:
     documents = make_documents(400)
-    stream = CorpusStream(iter(documents), 0.02)
+    stream = stream_of(documents, 0.02)
     first, heldout = split(stream.take(2000, "sentence", 4, is_last=False))
     assert len(heldout) == 4 and all(heldout_hash(documents[int(text.id)]) < 0.02 for text in heldout)
     assert max(int(text.id) for text in heldout) > len(first)
@@ -126,7 +135,7 @@ def test_a_short_stage_reads_ahead_and_the_next_gets_what_was_passed_over() -> N
 
 
 def test_a_corpus_of_few_documents_holds_out_some_that_were_never_trained_on() -> None:
-    stream = CorpusStream(iter(make_documents(12)), 1e-9)
+    stream = stream_of(make_documents(12), 1e-9)
     training, heldout = split(stream.take(100, "sentence", 4, is_last=True))
     assert len(heldout) == 4
     assert not {text.id for text in training} & {text.id for text in heldout}
@@ -143,62 +152,70 @@ def test_held_out_text_and_waiting_documents_are_bounded(monkeypatch: pytest.Mon
             read += 1
             yield document
 
-    stream = CorpusStream(documents(), 0.4)
+    stream = stream_of(documents(), 0.4)
     _, heldout = split(stream.take(200_000, "sentence", 4, is_last=False))
-    assert 0 < sum(text_bytes(text.units) for text in heldout) <= 5000
+    assert 0 < sum(sum(text.units.unit_bytes) for text in heldout) <= 5000
     read_so_far = read
-    stream = CorpusStream(documents(), 1e-9)
+    stream = stream_of(documents(), 1e-9)
     list(stream.take(1, "sentence", 4, is_last=False))
     assert read - read_so_far <= 1 + 20_000 // text_bytes(cut(make_documents(1)[0], "sentence")) + 1
 
 
 @pytest.fixture
-def two_corpora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, int]:
-    """Corpora of 300 documents each; the answer counts how often each was opened."""
-    opened: dict[str, int] = {}
-
-    def read(name: str, format: str, paths: list[Path], report: ReadReport, strict: bool = False) -> Iterator[Document]:
-        opened[name] = opened.get(name, 0) + 1
-        for document in make_documents(300, source=name):
-            report.documents += 1
-            yield document
-
-    monkeypatch.setattr(curriculum.corpora, "locate", lambda folder, name, format: [folder / name])
-    monkeypatch.setattr(curriculum.corpora, "read", read)
-    return opened
+def two_corpora(tmp_path: Path) -> Path:
+    """A folder with corpora of 300 documents each."""
+    for name in ("web", "wiki"):
+        (tmp_path / name).mkdir()
+        lines = [
+            json.dumps({"id": d.id, "text": "\n".join(piece for paragraph in d.paragraphs for piece in paragraph)})
+            for d in make_documents(300, source=name)
+        ]
+        (tmp_path / name / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
 
 
 STAGES = (("a", "web", 20_000, "sentence"), ("b", "wiki", 9000, "paragraph"), ("c", "web", 30_000, "paragraph"))
 
 
-def test_each_corpus_is_opened_once(two_corpora: dict[str, int]) -> None:
-    reader = Reader(make_recipe(*STAGES), Path("corpora"))
-    stages = [list(reader.texts(number)) for number in range(3)]
-    assert two_corpora == {"web": 1, "wiki": 1}
-    assert reader.report("web").documents > 0 and reader.report("written").documents == 0
-    assert {text.units[0].split()[0] for text in stages[1]} == {"wiki"}
-    again = Reader(make_recipe(*STAGES), Path("corpora"))
-    again.skip_to(2)
-    assert list(again.texts(2)) == stages[2]
+def test_stages_come_in_order_and_go_on_in_their_corpus(two_corpora: Path) -> None:
+    first, second, third = [split(taken) for _, taken in stages(make_recipe(*STAGES), two_corpora)]
+    assert {text.units.texts[0].split()[0] for text in second[0]} == {"wiki"}
+    assert first[0][0].id == "0"
+    assert int(first[0][-1].id) <= int(third[0][0].id) <= int(first[0][-1].id) + 1
+    assert [int(text.id) for text in third[0]] == sorted(int(text.id) for text in third[0])
 
 
-def test_scale_shrinks_every_stage(two_corpora: dict[str, int]) -> None:
+def test_scale_shrinks_every_stage(two_corpora: Path) -> None:
     recipe = make_recipe(*STAGES, scale=0.1)
     assert [take_bytes(recipe, stage) for stage in recipe.curriculum.stages] == [2000, 900, 3000]
-    training, _ = split(Reader(recipe, Path("corpora")).texts(0))
-    assert 2000 <= sum(text_bytes(text.units) for text in training) < 2100
+    _, taken = next(stages(recipe, two_corpora))
+    assert 2000 <= sum(sum(text.units.unit_bytes) for text in split(taken)[0]) < 2100
 
 
-def test_tokenizer_text_comes_from_all_stages_and_is_not_held_out(two_corpora: dict[str, int]) -> None:
+def test_tokenizer_text_comes_from_all_stages_and_is_not_held_out(two_corpora: Path) -> None:
     recipe = make_recipe(*STAGES, heldout_fraction=0.1)
-    lines = list(texts(recipe, Path("corpora"), max_bytes=20_000))
+    lines = list(texts(recipe, two_corpora, max_bytes=20_000))
     sources = {line.split()[0] for line in lines}
     assert sources == {"web", "wiki"}
     assert 15_000 <= sum(len(line.encode()) for line in lines) <= 30_000
     assert all(line == line.strip() and "\n" not in line for line in lines)
-    reader = Reader(recipe, Path("corpora"))
-    held = {unit.strip() for number in range(3) for text in reader.texts(number) if text.heldout for unit in text.units}
+    held = {
+        unit.strip()
+        for _, taken in stages(recipe, two_corpora)
+        for text in split(taken)[1]
+        for unit in text.units.texts
+    }
     assert held and not held & set(lines)
+
+
+def test_an_overlong_unit_is_cut_at_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curriculum, "LONGEST_UNIT_CHARACTERS", 20)
+    text = "바다가 넓고 하늘이 맑으며 " * 5 + "가" * 50 + " 끝"
+    document = Document("web", "1", (("짧다.", text), (text,)))
+    for unit in ("sentence", "paragraph"):
+        units = cut(document, unit)
+        assert max(map(len, units)) <= 21
+        assert "".join(units) == f"짧다. {text}\n{text}"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the sample corpora are not on this machine")
@@ -206,8 +223,7 @@ def test_five_stages_of_the_full_recipe_on_sample_corpora() -> None:
     from daramgpt.recipe import load
 
     recipe = load("daramgpt", ["curriculum.scale=0.0001"])
-    reader = Reader(recipe, SHARED / "corpora")
-    for number, stage in enumerate(recipe.curriculum.stages):
-        training, heldout = split(reader.texts(number))
+    for stage, taken in stages(recipe, SHARED / "corpora"):
+        training, heldout = split(taken)
         assert heldout
-        assert sum(text_bytes(text.units) for text in training) >= take_bytes(recipe, stage)
+        assert sum(sum(text.units.unit_bytes) for text in training) >= take_bytes(recipe, stage)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,18 +25,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from daramgpt import curriculum
-from daramgpt.corpora import Document, ReadReport
-from daramgpt.curriculum import Reader
+from daramgpt.corpora import Block, plain, reading
+from daramgpt.curriculum import stages, text_bytes
 from daramgpt.errors import UserError
-from daramgpt.recipe import Recipe, validate
+from daramgpt.recipe import Recipe, dump, validate
 from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import Feed, Shards, preparation, prepare
+from daramgpt.shards import Feed, Shards, preparation, prepare, workers
 from daramgpt.shards import writer as writer_module
-from daramgpt.shards.encode import Batch, Encoder
+from daramgpt.shards.encode import Encoder
 from daramgpt.tokenizer import train_tokenizer
 
 CONTEXT_TOKENS = 16
+NUM_KILLS = 6
 STAGES = (
     ("first", "web", 6000, "sentence"),
     ("second", "wiki", 3000, "paragraph"),
@@ -38,20 +44,14 @@ STAGES = (
 )
 
 
-def make_documents(source: str, count: int = 80) -> list[Document]:
+def make_texts(source: str, count: int = 80) -> list[str]:
     return [
-        Document(
-            source,
-            str(number),
-            tuple(
-                (f"{source} 글 {number}의 {place}번째 문단이다.", "둘째 문장! 뷁 😀") for place in range(number % 4 + 1)
-            ),
-        )
+        "\n".join(f"{source} 글 {number}의 {place}번째 문단이다. 둘째 문장! 뷁 😀" for place in range(number % 4 + 1))
         for number in range(count)
     ]
 
 
-TEXTS = [piece for d in make_documents("web") for paragraph in d.paragraphs for piece in paragraph]
+TEXTS = [line for text in make_texts("web") for line in text.split("\n")]
 
 
 def save(tokenizer: Tokenizer, folder: Path, eos: str | None) -> Path:
@@ -95,22 +95,23 @@ KINDS = ("metaspace", "byte-level", "prepending")
 
 @pytest.fixture
 def corpora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with one file a corpus; what is in them is `make_documents`."""
-    folder = tmp_path / "corpora"
-    folder.mkdir()
+    """A folder with one file a corpus, read in many small blocks; one line of each is no JSON, one no NFC."""
+    monkeypatch.setattr(plain, "_CHUNK_BYTES", 600)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 700)
+    return write_corpora(tmp_path / "corpora", 80)
+
+
+def write_corpora(folder: Path, count: int) -> Path:
     for name in ("web", "wiki"):
-        (folder / name).write_text(name)
-
-    def read(name: str, format: str, paths: list[Path], report: ReadReport, strict: bool = False) -> Iterator[Document]:
-        for document in make_documents(name):
-            report.documents += 1
-            report.cleaned["masks"] += 1
-            if document.id == "3":
-                report.faults.append(f"{name}!3: cut short")
-            yield document
-
-    monkeypatch.setattr(curriculum.corpora, "locate", lambda folder, name, format: [folder / name])
-    monkeypatch.setattr(curriculum.corpora, "read", read)
+        lines = [
+            json.dumps({"id": str(n), "text": text}, ensure_ascii=False)
+            for n, text in enumerate(make_texts(name, count))
+        ]
+        lines[3] = unicodedata.normalize("NFD", lines[3])
+        lines.insert(4, "cut sho")
+        lines.insert(60, lines[50])
+        (folder / name).mkdir(parents=True)
+        (folder / name / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
@@ -150,18 +151,18 @@ def test_shards_decode_to_the_texts_of_the_curriculum(kind: str, tokenizers: dic
     prepare(recipe, run, tokenizers[kind], CONTEXT_TOKENS, lambda line: None)
     shards = Shards(run.shards)
     tokenizer = Tokenizer.from_file(str(shards.tokenizer_dir / "tokenizer.json"))
-    reader = Reader(recipe, corpora)
+    read = [list(taken) for _, taken in stages(recipe, corpora)]
     for number, (stage, training, heldout) in enumerate(
         zip(shards.stages, stage_tokens(shards), stage_tokens(shards, ".heldout"), strict=True)
     ):
-        texts = list(reader.texts(number))
+        texts = read[number]
         for tokens, wanted, num_bytes in (
             (training, [text for text in texts if not text.heldout], stage.text_bytes),
             (heldout, [text for text in texts if text.heldout], stage.heldout_text_bytes),
         ):
             assert wanted
             decoded = texts_of(tokens, tokenizer, shards.eos_token_id)
-            assert decoded == ["".join(text.units) for text in wanted]
+            assert decoded == ["".join(text.units.texts) for text in wanted]
             assert sum(len(text.encode()) for text in decoded) == num_bytes
         assert stage.tokens == len(training) - 1
         assert stage.num_rows == -(-stage.tokens // CONTEXT_TOKENS)
@@ -174,41 +175,56 @@ def test_shards_decode_to_the_texts_of_the_curriculum(kind: str, tokenizers: dic
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_survives(kind: str, tokenizers: dict[str, Path], documents: list[list[str]]) -> None:
     encoder = Encoder(tokenizers[kind])
-    batch, wanted = Batch([], []), []
+    tokens, wanted = [encoder.eos_token_id], []
     for paragraphs in documents:
         cleaned = [" ".join(paragraph.split()) or "끝" for paragraph in paragraphs]
         wanted.append("\n".join(cleaned))
-        for place, paragraph in enumerate(cleaned, 1):
-            batch.units.append(("\n" if place > 1 else "") + paragraph)
-            batch.ends_text.append(place == len(cleaned))
-    encoded = encoder.encode(batch)
-    tokens = np.concatenate([[encoder.eos_token_id], encoded.token_ids])
-    assert texts_of(tokens, encoder.tokenizer, encoder.eos_token_id) == wanted
-    assert encoded.unit_bytes.sum() == sum(len(text.encode()) for text in wanted)
-    assert encoded.num_texts == len(documents) and encoded.unknown_bytes == 0
+        units = [("\n" if place else "") + paragraph for place, paragraph in enumerate(cleaned)]
+        encoded = encoder.encode(units)
+        tokens += [*encoded.token_ids.tolist(), encoder.eos_token_id]
+        assert encoded.text_bytes.sum() == len(wanted[-1].encode())
+        assert encoded.unit_bytes.sum() == text_bytes(units)
+        assert encoded.unit_tokens.sum() == len(encoded.token_ids) and not encoded.unknown_bytes.any()
+    assert texts_of(np.array(tokens), encoder.tokenizer, encoder.eos_token_id) == wanted
 
 
 def test_bytes_are_credited_to_the_row_that_predicts_the_last_token(
-    tokenizers: dict[str, Path], tmp_path: Path
+    tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = Encoder(tokenizers["metaspace"])
     units = ["web 글 하나다.", " 둘째 문장! 뷁 😀", "\n셋째", " 넷", " 다섯째 문장이다."] * 7
-    expected: Counter[int] = Counter()
-    with writer_module.StreamWriter(tmp_path, "x", encoder.eos_token_id, encoder.vocab_size, 4) as writer:
+    for tokens_at_a_time, saved_every in ((10**6, 99), (1, 99), (30, 2)):
+        monkeypatch.setattr(writer_module, "_TOKENS_AT_A_TIME", tokens_at_a_time)
+        expected: Counter[int] = Counter()
         position = 0
-        for start in range(0, len(units), 3):
-            batch = Batch(units[start : start + 3], [False] * len(units[start : start + 3]))
-            encoded = encoder.encode(batch)
-            writer.append(encoded)
-            for unit in batch.units:
-                one = encoder.encode(Batch([unit], [False]))
-                position += len(one.token_ids)
-                # Token number `position` of the stream, whose token 0 is EOS, is target number position - 1.
-                expected[(position - 1) // 4] += len(unit.encode())
-        writer.finish()
-    credits = np.fromfile(tmp_path / "x.bytes", dtype=np.uint32)
-    assert len(credits) == writer.num_rows
-    assert {row: int(n) for row, n in enumerate(credits) if n} == dict(expected)
+        state = None
+        starts = list(range(0, len(units), 3))
+        for first in range(0, len(starts), saved_every):
+            with writer_module.StreamWriter(
+                tmp_path, "x", encoder.eos_token_id, encoder.vocab_size, 4, state
+            ) as writer:
+                for start in starts[first : first + saved_every]:
+                    text = units[start : start + 3]
+                    writer.append(encoder.encode(text))
+                    for unit in text:
+                        position += len(encoder.encode([unit]).token_ids)
+                        # Token number `position` of the stream, whose token 0 is EOS, is target number position - 1.
+                        expected[(position - 1) // 4] += len(unit.encode())
+                    position += 1
+                state = writer.save()
+                if first + saved_every < len(starts):
+                    # What a kill leaves behind the state goes.
+                    writer.append(encoder.encode(["뷁"]))
+                    writer.save()
+                else:
+                    files = writer.finish()
+        credits = np.fromfile(tmp_path / "x.bytes", dtype=np.uint32)
+        assert len(credits) == writer.num_rows
+        assert {row: int(n) for row, n in enumerate(credits) if n} == dict(expected)
+        assert writer.counts["num_texts"] == len(starts) and writer.counts["num_units"] == len(units)
+        assert writer.counts["text_bytes"] == sum(len(unit.encode()) for unit in units)
+        for name, file in files.items():
+            assert file["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
 def test_unknown_characters_are_counted_and_line_feeds_become_spaces(tmp_path: Path) -> None:
@@ -219,9 +235,10 @@ def test_unknown_characters_are_counted_and_line_feeds_become_spaces(tmp_path: P
     tokenizer.decoder = decoders.Metaspace()
     encoder = Encoder(save(tokenizer, tmp_path, None))
     assert not encoder.keeps_line_feeds
-    encoded = encoder.encode(Batch(["첫째 문장이다.", "\n둘째 뷁", " 가나"], [False, False, True]))
-    assert encoded.token_ids.tolist() == [2, 5, 4, 1, 6, 0]
-    assert encoded.unknown_bytes == len(" 뷁".encode())
+    encoded = encoder.encode(["첫째 문장이다.", "\n둘째 뷁", " 가나"])
+    assert encoded.token_ids.tolist() == [2, 5, 4, 1, 6]
+    assert encoded.unit_tokens.tolist() == [2, 2, 1]
+    assert encoded.unknown_bytes.tolist() == [0, len(" 뷁".encode()), 0]
 
 
 def test_index_says_what_is_there(tokenizers: dict[str, Path], corpora: Path) -> None:
@@ -234,11 +251,11 @@ def test_index_says_what_is_there(tokenizers: dict[str, Path], corpora: Path) ->
     first, second, third = index["stages"]
     assert [stage["name"] for stage in index["stages"]] == ["first", "second", "third"]
     assert first["unit_bytes"] >= first["take_bytes"] == 6000
-    assert first["faults"] == ["web!3: cut short"] and second["faults"] == ["wiki!3: cut short"] and not third["faults"]
-    assert first["cleaned"]["masks"] + third["cleaned"].get("masks", 0) == 80
+    fault = "texts.jsonl line 5: invalid JSON (Expecting value: line 1 column 1 (char 0))"
+    assert first["faults"] == [fault] and second["faults"] == [fault] and not third["faults"]
+    assert first["cleaned"] == {"text brought to NFC": 1} and third["cleaned"] == {"repeated document dropped": 1}
     assert any("third" in line and "warning" in line for line in said)
-    masks = sum(stage["cleaned"].get("masks", 0) for stage in index["stages"])
-    assert f"cleaned: masks: {masks:,}" in said and "fault: wiki!3: cut short" in said
+    assert f"first: fault: {fault}" in said and "third: repeated document dropped: 1" in said
     assert not run.shards.with_name("shards.partial").exists()
 
 
@@ -246,47 +263,107 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".bytes")}
 
 
-@pytest.mark.parametrize("fatal_call", range(1, 8))
+def whole_directory(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fatal_call", [1, 2, 3, 5, 8, 10, 11, 12, 13, 14, 15, 16])
 def test_killed_and_started_again_gives_the_same_shards(
     fatal_call: int, tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run, whole = make_recipe(corpora), RunDirectory(corpora.parent / "run"), RunDirectory(corpora.parent / "o")
-    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 1500)
+    monkeypatch.setattr(preparation, "_SECONDS_BETWEEN_SAVES", -1.0)
     calls: list[str] = []
-    encode = Encoder.encode
+    encode_block = workers.encode_block
 
-    def counted(self: Encoder, batch: Batch) -> object:
-        calls.append(batch.units[0])
+    def counted(block: Block, *rest: Any) -> object:
+        calls.append(block.source)
         if len(calls) == fatal_call:
             raise KeyboardInterrupt
-        return encode(self, batch)
+        return encode_block(block, *rest)
 
-    monkeypatch.setattr(Encoder, "encode", counted)
+    monkeypatch.setattr(workers, "encode_block", counted)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
     assert not run.shards.exists()
     with pytest.raises(UserError, match="no shards"):
         Shards(run.shards)
-    progress = run.path / "shards.partial" / "progress.json"
-    finished = len(json.loads(progress.read_text())["stages"]) if progress.exists() else 0
-    for path in (run.path / "shards.partial").glob(f"{finished + 1:02d}-*"):
-        path.write_bytes(b"left over from a kill")
+    partial = run.path / "shards.partial"
+    progress = partial / "progress.json"
+    finished = json.loads(progress.read_text())["stages"] if progress.exists() else []
+    # What was written after the last note of progress.
+    for path in [*partial.glob("*.bin"), *partial.glob("*.bytes"), *partial.glob("*.digests")]:
+        if all(path.name not in stage["files"] for stage in finished):
+            with path.open("ab") as file:
+                file.write(b"left over from a kill")
 
     calls[:] = ["-"] * 100
     prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
     again = len(calls)
     calls[:] = ["-"] * 100
     prepare(recipe, whole, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
-    assert files_of(run.shards) == files_of(whole.shards)
-    indexes = [json.loads((each.shards / "index.json").read_text()) for each in (run, whole)]
-    for key in ("files", "fingerprint"):
-        assert indexes[0][key] == indexes[1][key]
-    timeless = [
-        [{k: v for k, v in stage.items() if "second" not in k} for stage in index["stages"]] for index in indexes
-    ]
-    assert timeless[0] == timeless[1]
-    # Finished stages are not tokenised again.
-    assert (again < len(calls)) == (finished > 0)
+    assert whole_directory(run.shards) == whole_directory(whole.shards)
+    # What had been written is not tokenised again, but for the block at which each corpus stood.
+    assert again <= len(calls) - (fatal_call - 1) + 2
+
+
+def test_the_number_of_processes_does_not_matter(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_corpora(tmp_path / "corpora", 8000)
+    directories = []
+    for num_workers in (1, 3):
+        recipe = validate(
+            {**make_recipe(folder, scale=60).model_dump(), "corpus": {"dir": str(folder), "workers": num_workers}}, "x"
+        )
+        run = RunDirectory(tmp_path / f"run{num_workers}")
+        prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+        directories.append(whole_directory(run.shards))
+    assert directories[0] == directories[1]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from daramgpt import recipe
+from daramgpt.run_directory import RunDirectory
+from daramgpt.shards import preparation, prepare
+preparation._SECONDS_BETWEEN_SAVES = 0.05
+if __name__ == "__main__":
+    print("ready", flush=True)
+    prepare(recipe.load(sys.argv[1]), RunDirectory(Path(sys.argv[2])), Path(sys.argv[3]), 64, lambda line: None)
+"""
+
+
+def test_sigkill_at_random_moments_leaves_no_trace(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_corpora(tmp_path / "corpora", 16_000)
+    recipe = make_recipe(folder, scale=300)
+    data = {**recipe.model_dump(exclude_none=True), "corpus": {"dir": str(folder), "workers": 2}}
+    (tmp_path / "r.toml").write_text(dump(validate(data, "x")), encoding="utf-8")
+    (tmp_path / "killed.py").write_text(KILLED)
+
+    def start(run: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "killed.py", "r.toml", run, str(tokenizers["metaspace"])],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        return process
+
+    begin = time.monotonic()
+    assert start("whole").wait() == 0
+    seconds = time.monotonic() - begin
+    generator = random.Random(7)
+    for _ in range(NUM_KILLS):
+        process = start("run")
+        try:
+            process.wait(generator.uniform(0.1, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert start("run").wait() == 0
+    assert whole_directory(tmp_path / "run" / "shards") == whole_directory(tmp_path / "whole" / "shards")
+    assert not (tmp_path / "run" / "shards.partial").exists()
 
 
 def test_the_same_again_does_nothing_and_anything_else_is_refused(
@@ -297,7 +374,7 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(
     prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, lambda line: None)
     before, said = files_of(run.shards), list[str]()
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "encode", None)
+        patch.setattr(workers, "encode_block", None)
         prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, said.append)
         # Neither the number of passes nor the order of rows is in the shards.
         prepare(make_recipe(corpora, passes=3, order="shuffled"), run, tokenizer_dir, CONTEXT_TOKENS, said.append)
@@ -312,7 +389,7 @@ def test_the_same_again_does_nothing_and_anything_else_is_refused(
     ):
         with pytest.raises(UserError, match=key):
             refused()
-    wiki = next(path for path in (corpora / "wiki", *(corpora / "wiki").rglob("*")) if path.is_file())
+    wiki = corpora / "wiki" / "texts.jsonl"
     # Copied or mounted anew it is the same corpus; changed in place it is not.
     os.utime(wiki, ns=(1, 1))
     prepare(recipe, run, tokenizer_dir, CONTEXT_TOKENS, said.append)
@@ -328,7 +405,8 @@ def test_partial_shards_of_another_recipe_are_not_gone_on_with(tokenizers: dict[
     run = RunDirectory(corpora.parent / "run")
     partial = run.path / "shards.partial"
     partial.mkdir(parents=True)
-    (partial / "progress.json").write_text(json.dumps({"fingerprint": {"curriculum.scale": 9}, "stages": [{}]}))
+    (partial / "fingerprint.json").write_text(json.dumps({"curriculum.scale": 9}))
+    (partial / "progress.json").write_text(json.dumps({"stages": [{"name": "first"}], "stage": None, "corpora": {}}))
     prepare(make_recipe(corpora), run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
     assert [stage.name for stage in Shards(run.shards).stages] == ["first", "second", "third"]
 

@@ -7,20 +7,25 @@ read as one file. A member is decompressed when it is read and never before.
 
 from __future__ import annotations
 
-import bz2
 import io
 import re
 import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from daramgpt.corpora.reading import Reading
+from daramgpt.corpora.reading import LARGEST_ITEM_BYTES, Item, Pending, Reading
+from daramgpt.corpora.salvaged_bz2 import SalvagedBZ2
+from daramgpt.corpora.salvaged_zip import SalvagedArchive
 
 PART = re.compile(r"(?P<whole>.+)\.part(?P<number>\d+)$", re.IGNORECASE)
+# Ways of packing of which only zip, on the outside, is read.
+PACKED = re.compile(r"\.(?:zip|z\d\d|gz|tgz|xz|tar|7z|rar|egg|alz)$", re.IGNORECASE)
 READ_FAULTS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
 
 
@@ -102,9 +107,17 @@ class Member:
         return self.name.rsplit(".", 1)[0]
 
     @property
+    def size(self) -> int:
+        """Bytes of the member before compression; of a plain file as it lies on disk, 0 where there is none."""
+        if self.info is not None:
+            return self.info.file_size
+        return self.container.stat().st_size if self.container.exists() else 0
+
+    @property
     def label(self) -> str:
         """How reports name this member."""
-        return self.container.name if self.archive is None else f"{self.container.name}!{self.path}"
+        container = printable(self.container.name)
+        return container if self.archive is None else f"{container}!{self.path}"
 
     def open(self) -> IO[bytes]:
         """A stream of the member's bytes; plain bz2 files come out decompressed."""
@@ -114,7 +127,7 @@ class Member:
         if file.peek(3)[:3] != b"BZh":
             return file
         file.close()
-        return bz2.BZ2File(self.container)
+        return SalvagedBZ2(self.container)
 
     def head(self, num_bytes: int = 8192) -> bytes:
         """The first bytes, or none where the member cannot be read."""
@@ -151,60 +164,128 @@ def parts_of(path: Path) -> list[Path]:
         part = PART.match(sibling.name)
         if part and part["whole"] == match["whole"] and sibling.is_file():
             found.append((int(part["number"]), sibling))
-    return [sibling for _, sibling in sorted(found)]
+    return [sibling for _, sibling in sorted(found)] or [path]
 
 
 def open_archive(path: Path) -> zipfile.ZipFile | None:
-    """The zip archive at ``path``, None if the file is not one.
+    """The zip archive at ``path``, None if the file is not one; a `SalvagedArchive` if its directory is gone.
 
     Raises:
-        zipfile.BadZipFile: it begins as a zip archive but has no readable directory (cut short).
         OSError: the file cannot be read.
     """
     parts = parts_of(path)
     with parts[0].open("rb") as file:
         if file.read(4) not in (b"PK\x03\x04", b"PK\x05\x06"):
             return None
-    # A buffer of its own: zipfile asks for a few bytes at a time.
-    return zipfile.ZipFile(io.BufferedReader(JoinedFile(parts))) if len(parts) > 1 else zipfile.ZipFile(path)
+    try:
+        # A buffer of its own: zipfile asks for a few bytes at a time.
+        return zipfile.ZipFile(io.BufferedReader(JoinedFile(parts))) if len(parts) > 1 else zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        return SalvagedArchive(io.BufferedReader(JoinedFile(parts)))
 
 
 def archive_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     """The files of an archive, in its order."""
     for info in archive.infolist():
-        if info.is_dir():
-            continue
-        name = unicodedata.normalize("NFC", entry_name(info))
-        yield Member(path, name, f"{path}!{name.rpartition('/')[0]}", archive, info)
+        if not info.filename.endswith("/"):
+            name = unicodedata.normalize("NFC", entry_name(info))
+            yield Member(path, name, f"{path}!{name.rpartition('/')[0]}", archive, info)
 
 
 def members(reading: Reading, paths: list[Path]) -> Iterator[Member]:
-    """Every file and every member of an archive among ``paths``, in order; unreadable archives become faults."""
+    """Every file and every member of an archive among ``paths``, in order; what cannot be opened becomes a fault."""
     for path in paths:
         match = PART.match(path.name)
         if match and parts_of(path)[0] != path:
             continue
+        name = unicodedata.normalize("NFC", printable(path.name))
+        if not path.is_file():
+            reading.fault(name, "leads nowhere" if path.is_symlink() and not path.exists() else "is no regular file")
+            continue
         try:
             archive = open_archive(path)
         except READ_FAULTS as error:
-            reading.fault(path.name, f"not a readable zip archive ({error})")
+            reading.fault(name, f"cannot be read ({error})")
             continue
-        if archive is None:
-            yield Member(path, unicodedata.normalize("NFC", path.name), str(path.parent))
+        if archive is not None:
+            yield from _known(reading, path, archive)
+        elif PACKED.search(path.name):
+            reading.fault(name, "is no zip archive, or of a kind that is not read; unpack it")
         else:
-            yield from archive_members(path, archive)
+            yield Member(path, name, str(path.parent))
 
 
-def read_bytes(reading: Reading, member: Member) -> bytes | None:
+def _known(reading: Reading, path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
+    """Members of an archive that are no archives themselves."""
+    found = list(archive_members(path, archive))
+    if isinstance(archive, SalvagedArchive):
+        reading.fault(printable(path.name), f"the archive is cut short; {len(found)} whole members were recovered")
+        for info in archive.lost:
+            reading.fault(f"{printable(path.name)}!{entry_name(info)}", "was lost where the archive is cut short")
+    elif not found:
+        reading.fault(printable(path.name), "holds no files")
+    for member in found:
+        if PACKED.search(member.name) or member.name.lower().endswith(".bz2"):
+            reading.fault(member.label, "an archive inside an archive is not read; unpack it")
+        else:
+            yield member
+
+
+def printable(name: str) -> str:
+    """A file name that can be shown: what is no UTF-8 on disk is taken for cp949, as Korean tools write it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raw = name.encode("utf-8", "surrogateescape")
+        return raw.decode("cp949", "replace")
+    return name
+
+
+@contextmanager
+def opened(reading: Reading, member: Member) -> Iterator[IO[bytes]]:
+    """A member's stream; what turns out to be missing when it has been read to its end becomes a fault."""
+    with member.open() as stream:
+        yield stream
+        if isinstance(stream, SalvagedBZ2) and stream.fault:
+            reading.fault(member.label, stream.fault)
+
+
+def pending(reading: Reading, member: Member, parser: str, twin: tuple[Path, str] | None = None) -> Pending:
+    """The whole of a member as one item, read when its turn comes."""
+    return Pending(member.size, lambda: Item(parser, member.label, member.stem, _read(reading, member), twin))
+
+
+def _read(reading: Reading, member: Member) -> bytes | None:
     """A member's bytes, counted as one member read; None, and a fault, where they cannot be had."""
     reading.report.members += 1
     try:
-        with member.open() as stream:
-            data = stream.read()
+        with opened(reading, member) as stream:
+            data = stream.read(LARGEST_ITEM_BYTES + 1)
+            if len(data) <= LARGEST_ITEM_BYTES:
+                stream.read(1)
     except READ_FAULTS as error:
         reading.fault(member.label, f"cannot be read ({error})")
         return None
     if not data:
         reading.fault(member.label, "is empty")
         return None
+    if len(data) > LARGEST_ITEM_BYTES:
+        reading.fault(member.label, f"is larger than {LARGEST_ITEM_BYTES >> 20} MB and was left out; cut it up")
+        return None
     return data
+
+
+def read_twin(reading: Reading, twin: tuple[Path, str]) -> Item:
+    """The data of a member that an item names as its twin."""
+    container, path = twin
+    archive = _opened(container)
+    if archive is None:
+        member = Member(container, printable(container.name), "")
+    else:
+        member = next(member for member in archive_members(container, archive) if member.path == path)
+    return Item("", member.label, member.stem, _read(reading, member))
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path) -> zipfile.ZipFile | None:
+    return open_archive(path)

@@ -14,31 +14,43 @@ from typing import Any
 from daramgpt.corpora.reading import Reading
 
 # C0 and C1 controls but tab and newlines, soft hyphen, zero-width space and direction marks, byte order mark,
-# lone surrogates (JSON escapes can make them) and the two non-characters. Zero-width joiners stay: emoji need them.
+# lone surrogates (JSON escapes can make them), what an earlier tool failed to decode, and the two non-characters. Zero-width joiners stay: emoji need them.
 _UNWANTED = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff\ufffe\uffff]"
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff\ufffd-\uffff]"
 )
 
 
-def decode(reading: Reading, label: str, data: bytes) -> str:
-    """Text of a member: UTF-8, else UTF-16 by its mark, else cp949; what none of them reads is dropped and noted."""
+_LOST = "\ufffd"
+_HIGH_BYTES = bytes(range(0x80, 0x100))
+_MOST_SPOILT = 0.1
+
+
+def encoding_of(data: bytes) -> str:
+    """``"utf-8-sig"``, ``"utf-16"`` or ``"cp949"``: which of them a text of a Korean file is in."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        reading.count("UTF-16 file decoded")
-        text = data.decode("utf-16", errors="replace")
-    else:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            pass
-        try:
-            text = data.decode("cp949")
-            reading.count("cp949 file decoded")
-            return text
-        except UnicodeDecodeError:
-            text = data.decode("utf-8-sig", errors="replace")
-    if num_lost := text.count("\ufffd"):
-        reading.fault(label, f"{num_lost} undecodable places left out")
-    return text.replace("\ufffd", "")
+        return "utf-16"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        # A few spoilt bytes do not make it another encoding; in cp949 text nearly all are no UTF-8.
+        num_lost = data.decode("utf-8", errors="replace").count(_LOST)
+        num_high = len(data) - len(data.translate(None, _HIGH_BYTES))
+        if num_lost > _MOST_SPOILT * num_high and data.decode("cp949", errors="replace").count(_LOST) < num_lost:
+            return "cp949"
+    return "utf-8-sig"
+
+
+def decode(reading: Reading, label: str, data: bytes) -> str:
+    """Text of a member, in the encoding that it is in; places that cannot be decoded are left out and noted."""
+    encoding = encoding_of(data)
+    if encoding != "utf-8-sig":
+        reading.count(f"{encoding} file decoded")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, errors="replace")
+        reading.fault(label, f"{text.count(_LOST)} undecodable places left out")
+        return text.replace(_LOST, "")
 
 
 def load_json(reading: Reading, label: str, data: bytes) -> Any:
@@ -46,7 +58,9 @@ def load_json(reading: Reading, label: str, data: bytes) -> Any:
     text = decode(reading, label, data)
     try:
         # Real files hold raw newlines and tabs inside strings.
-        return json.loads(text, strict=False)
+        if (value := json.loads(text, strict=False)) is None:
+            reading.fault(label, "holds nothing (null)")
+        return value
     except ValueError as error:
         reading.fault(label, f"invalid JSON ({error})")
     except RecursionError:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
+
+MOST_LINES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,33 @@ class ReadReport:
         members: files or archive members read.
         documents: documents yielded.
         cleaned: how often each cleaning rule acted, by rule name.
-        faults: ``"archive!member: what is wrong"`` lines for input that could not be read whole.
+        faults: ``"archive!member: what is wrong"`` lines for input that could not be read whole, `MOST_LINES` at most.
+        notes: lines of the same form for what was read whole and may still surprise, such as unbalanced markup.
     """
 
     members: int = 0
     documents: int = 0
     cleaned: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, from which `from_dict` makes an equal report."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"cleaned": dict(self.cleaned)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ReadReport:
+        """The report that `as_dict` made this of."""
+        return cls(**{**data, "cleaned": Counter(data["cleaned"])})
+
+    def add(self, other: ReadReport) -> None:
+        """Count in what another report has counted."""
+        self.members += other.members
+        self.documents += other.documents
+        self.cleaned.update(other.cleaned)
+        for lines, more in ((self.faults, other.faults), (self.notes, other.notes)):
+            # A corpus that is rubbish throughout must not fill the memory with complaints.
+            room = max(0, MOST_LINES - len(lines))
+            lines += more[:room]
+            if more[room:]:
+                self.cleaned["fault or note beyond those listed"] += len(more) - room

@@ -5,22 +5,35 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from daramgpt.corpora.archives import PART, READ_FAULTS, Member, archive_members, natural_key, open_archive, parts_of
+from daramgpt.corpora.archives import (
+    PACKED,
+    PART,
+    READ_FAULTS,
+    Member,
+    archive_members,
+    natural_key,
+    open_archive,
+    parts_of,
+)
+from daramgpt.corpora.hub import HubDataset
 from daramgpt.errors import UserError
 
 FORMATS = ("web", "written", "unpublished", "wiki", "text", "jsonl")
 
 _NUM_MEMBERS_LOOKED_AT = 8
 # A file of these suffixes that no format claims (empty, cut short, invalid) is left to the reader to report.
-_DATA_SUFFIXES = re.compile(r"\.(?:json|jsonl|ndjson|sjml|xml|csv|zip|bz2|parquet|txt|part\d+)$", re.IGNORECASE)
+_DATA_SUFFIXES = re.compile(r"\.(?:json|jsonl|ndjson|sjml|xml|csv|bz2|parquet|txt|part\d+)$", re.IGNORECASE)
 _SIDE_FILES = re.compile(r"^(?:readme|licen[cs]e|changelog|sha\d*sums|md5sums)\b|^\.|-multistream-index", re.IGNORECASE)
 
 
 def detect(path: Path) -> str | None:
     """The format of a file, or of the first data inside an archive; None for what is no corpus data."""
+    if not path.is_file():
+        return None
     try:
         archive = open_archive(path)
         if archive is None:
@@ -60,15 +73,35 @@ def _format_of(member: Member) -> str | None:
     return "text" if start and name.endswith((".txt", ".text", ".md")) else None
 
 
-def locate(corpus_dir: Path, name: str, format: str) -> list[Path]:
-    """The files of one corpus, in natural order.
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A corpus that has been found.
+
+    Attributes:
+        name: the recipe's name of it.
+        format: one of `FORMATS`, or ``"datasets"``.
+        paths: its files, in natural order.
+        hub: where its rows are, if it is a data set.
+    """
+
+    name: str
+    format: str
+    paths: list[Path]
+    hub: HubDataset | None = None
+
+
+def find(corpus_dir: Path, name: str, format: str | None = None) -> Corpus:
+    """The files of one corpus.
 
     They are those below ``corpus_dir/<name>`` if there is such a folder, else all below ``corpus_dir`` whose data
-    has the format.
+    has the format. Where no format is given it is told by the data: that of the corpus's name, if there is any such
+    file, else the one format that its own folder holds.
 
     Raises:
-        UserError: no such folder, a folder that cannot be read, or no file of this format in it.
+        UserError: an unknown format, no such folder, a folder that cannot be read, or no file of this format in it.
     """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"corpus.formats.{name}: unknown format {format!r}", f"choose one of {', '.join(FORMATS)}")
     if not corpus_dir.is_dir():
         raise UserError(f"corpus folder {corpus_dir} does not exist", "name the folder of your corpora with --corpus")
     own = corpus_dir / name
@@ -77,18 +110,31 @@ def locate(corpus_dir: Path, name: str, format: str) -> list[Path]:
     for path in _files(folder):
         if not (PART.match(path.name) and parts_of(path)[0] != path):
             found[path] = detect(path)
+    others = sorted({detected for detected in found.values() if detected})
+    is_named = format is not None
+    if format is None:
+        format = others[0] if folder is own and name not in others and len(others) == 1 else name
     chosen = [path for path, detected in found.items() if detected == format]
     if chosen and folder is own:
         broken = (path for path, detected in found.items() if detected is None)
-        chosen += [path for path in broken if _DATA_SUFFIXES.search(path.name) and not _SIDE_FILES.match(path.name)]
+        chosen += [path for path in broken if _is_data(path)]
+    if not chosen and folder is own and format in FORMATS and (is_named or not others):
+        # The recipe knows better, or all is so broken that no data tells; the reader will name what is wrong.
+        chosen = [path for path in found if _is_data(path)]
     if not chosen:
-        others = sorted({detected for detected in found.values() if detected})
         holds = f"it holds {', '.join(others)}" if others else f"it holds {len(found)} files, none of a known format"
-        raise UserError(
-            f"no {format} data for corpus {name!r} in {folder} ({holds})",
-            f"put the downloaded files into {own}, zipped or not",
-        )
-    return sorted(chosen, key=lambda path: (natural_key(path.relative_to(folder)), str(path)))
+        mend = f"put the downloaded files into {own}, zipped or not"
+        if len(others) > 1 and folder is own:
+            mend = f"name the format: corpus.formats.{name} = one of {', '.join(others)}"
+        kind = f"{format} data" if format in FORMATS else "data"
+        raise UserError(f"no {kind} for corpus {name!r} in {folder} ({holds})", mend)
+    ordered = sorted(chosen, key=lambda path: (natural_key(path.relative_to(folder)), str(path)))
+    return Corpus(name, format, ordered)
+
+
+def _is_data(path: Path) -> bool:
+    is_data = _DATA_SUFFIXES.search(path.name) or PACKED.search(path.name)
+    return bool(is_data) and not _SIDE_FILES.match(path.name)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -107,5 +153,5 @@ def _files(folder: Path) -> Iterator[Path]:
         folders.sort(key=natural_key)
         for name in files:
             path = Path(parent) / name
-            if path.is_file():
-                yield path
+            # Links that lead nowhere, sockets and the like are yielded too, to be named among what was not read.
+            yield path

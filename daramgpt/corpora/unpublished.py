@@ -13,11 +13,11 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from daramgpt.corpora.archives import members, read_bytes
+from daramgpt.corpora.archives import members, pending
 from daramgpt.corpora.cleaning import clean, decode
-from daramgpt.corpora.csv_edition import is_csv, read_csv
+from daramgpt.corpora.csv_edition import csv_items, is_csv
 from daramgpt.corpora.document import Document
-from daramgpt.corpora.reading import Paragraphs, Reading
+from daramgpt.corpora.reading import Item, Paragraphs, Pending, Reading
 
 _BODY = re.compile(r"<text\b[^>]*>(.*?)(?:</text>|\Z)", re.DOTALL)
 _PARAGRAPH = re.compile(r"<p\b[^>]*?/>|</?p\b[^>]*>")
@@ -25,24 +25,28 @@ _SENTENCE = re.compile(r"<s\b[^>]*?/>|</?s\b[^>]*>")
 _DECLARATION = re.compile(r"\A\s*<\?xml[^>]*\?>")
 
 
-def read_unpublished(reading: Reading, paths: list[Path]) -> Iterator[Document]:
-    """Documents of the unpublished corpus; ids are file ids."""
+def unpublished_items(reading: Reading, paths: list[Path]) -> Iterator[Pending]:
+    """Files, and the rows of tables."""
     read: set[str] = set()
     for member in members(reading, paths):
         if is_csv(member.name):
-            yield from read_csv(reading, member, id_column="file_id")
-            continue
-        if not member.name.lower().endswith((".sjml", ".xml")):
-            continue
-        if member.stem in read:
-            reading.count("file present twice")
-            continue
-        read.add(member.stem)
-        if (data := read_bytes(reading, member)) is None:
-            continue
-        paragraphs = _paragraphs(reading, member.label, decode(reading, member.label, data))
-        if document := reading.document(member.stem, paragraphs):
-            yield document
+            yield from csv_items(reading, member, id_column="file_id")
+        elif not member.name.lower().endswith((".sjml", ".xml")):
+            reading.pass_over(member.label, "no data of this format")
+        elif member.stem in read:
+            reading.pass_over(member.label, "present twice")
+        else:
+            read.add(member.stem)
+            yield pending(reading, member, "sjml")
+
+
+def parse_sjml(reading: Reading, item: Item) -> Iterator[Document]:
+    """The text of a file; its id is the file's."""
+    if item.data is None:
+        return
+    paragraphs = _paragraphs(reading, item.label, decode(reading, item.label, item.data))
+    if document := reading.document(item.id, paragraphs):
+        yield document
 
 
 def _paragraphs(reading: Reading, label: str, text: str) -> Paragraphs:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from daramgpt.corpora.archives import Member, members, read_bytes
+from daramgpt.corpora.archives import Member, members, pending, read_twin
 from daramgpt.corpora.cleaning import clean_lines, load_json
 from daramgpt.corpora.document import Document
-from daramgpt.corpora.reading import Paragraphs, Reading
+from daramgpt.corpora.reading import Item, Paragraphs, Pending, Reading
 from daramgpt.corpora.sentences import part_glued
 
 # All rules act on one article at a time, its sentences parted by newlines: a sentence at a time is five times slower.
@@ -37,40 +36,48 @@ _RAW_SEPARATOR = re.compile(r"\s+\.\s+\.\s+")
 _RAW_END = re.compile(r"\s+\.\s*$")
 
 
-def read_web(reading: Reading, paths: list[Path]) -> Iterator[Document]:
-    """Articles of the web corpus; ids are ``<file>.<index of the article in it>``."""
+def web_items(reading: Reading, paths: list[Path]) -> Iterator[Pending]:
+    """Each article file once, with its twin in the other edition."""
     labelled: dict[str, Member] = {}
     raw: dict[str, Member] = {}
     folder_is_raw: dict[str, bool] = {}
     for member in members(reading, paths):
         if not member.name.lower().endswith(".json"):
+            reading.pass_over(member.label, "no data of this format")
             continue
         if member.folder not in folder_is_raw and (head := member.head()):
             folder_is_raw[member.folder] = b'"SJML"' in head
         edition = raw if folder_is_raw.get(member.folder, False) else labelled
         if edition.setdefault(member.stem, member) is not member:
-            reading.count("file present twice")
-    only_raw = (member for stem, member in raw.items() if stem not in labelled)
-    for member in chain(labelled.values(), only_raw):
-        articles = _articles(reading, member)
-        twin = raw.get(member.stem)
-        if articles is None and twin is not None and twin is not member:
-            reading.count("raw file read for a faulty labelled one")
-            articles = _articles(reading, twin)
-        for index, article in enumerate(articles or ()):
-            if document := reading.document(f"{member.stem}.{index}", _paragraphs(reading, article)):
-                yield document
+            reading.pass_over(member.label, "present twice")
+    for stem, member in labelled.items():
+        twin = raw.get(stem)
+        yield pending(reading, member, "web", (twin.container, twin.path) if twin else None)
+    for stem, member in raw.items():
+        if stem not in labelled:
+            yield pending(reading, member, "web")
 
 
-def _articles(reading: Reading, member: Member) -> list[dict[str, Any]] | None:
-    if (data := read_bytes(reading, member)) is None or (value := load_json(reading, member.label, data)) is None:
+def parse_web(reading: Reading, item: Item) -> Iterator[Document]:
+    """Articles of a file; ids are ``<file>.<index of the article in it>``."""
+    articles = _articles(reading, item)
+    if articles is None and item.twin is not None:
+        reading.count("raw file read for a faulty labelled one")
+        articles = _articles(reading, read_twin(reading, item.twin))
+    for index, article in enumerate(articles or ()):
+        if document := reading.document(f"{item.id}.{index}", _paragraphs(reading, article)):
+            yield document
+
+
+def _articles(reading: Reading, item: Item) -> list[dict[str, Any]] | None:
+    if item.data is None or (value := load_json(reading, item.label, item.data)) is None:
         return None
     if isinstance(value, dict):
         sjml = value.get("SJML")
         articles = sjml.get("text") if isinstance(sjml, dict) else value.get("named_entity")
         if isinstance(articles, list) and all(isinstance(article, dict) for article in articles):
             return articles
-    reading.fault(member.label, "holds neither `SJML.text` nor `named_entity`")
+    reading.fault(item.label, "holds neither `SJML.text` nor `named_entity`")
     return None
 
 

@@ -7,45 +7,47 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from daramgpt.corpora.archives import members, read_bytes
+from daramgpt.corpora.archives import members, pending
 from daramgpt.corpora.cleaning import clean, load_json
-from daramgpt.corpora.csv_edition import is_csv, read_csv
+from daramgpt.corpora.csv_edition import csv_items, is_csv
 from daramgpt.corpora.document import Document
-from daramgpt.corpora.reading import Paragraphs, Reading
+from daramgpt.corpora.reading import Item, Paragraphs, Pending, Reading
 
 _EDITORIAL = re.compile(r"\[\*[^\[\]]{0,200}\]")
 # `01범보다`, but not `02월 3일`, whose number is text.
 _GLUED = re.compile(r"(\d{2,3})(?=[^\W\d_])(?![월일시년호분초세장절조항](?:[\s\d]|$))")
 
 
-def read_written(reading: Reading, paths: list[Path]) -> Iterator[Document]:
-    """Documents of the written corpus; ids are those of the source, such as ``WARW1900000001.1``."""
+def written_items(reading: Reading, paths: list[Path]) -> Iterator[Pending]:
+    """Books, and the rows of tables."""
     read: set[str] = set()
     for member in members(reading, paths):
         if is_csv(member.name):
-            yield from read_csv(reading, member, id_column="doc_id")
+            yield from csv_items(reading, member, id_column="doc_id")
+        elif not member.name.lower().endswith(".json"):
+            reading.pass_over(member.label, "no data of this format")
+        elif member.stem in read:
+            reading.pass_over(member.label, "present twice")
+        else:
+            read.add(member.stem)
+            yield pending(reading, member, "written")
+
+
+def parse_written(reading: Reading, item: Item) -> Iterator[Document]:
+    """Documents of a book; ids are those of the source, such as ``WARW1900000001.1``."""
+    if item.data is None or (book := load_json(reading, item.label, item.data)) is None:
+        return
+    documents = book.get("document") if isinstance(book, dict) else None
+    if not isinstance(documents, list):
+        reading.fault(item.label, "holds no list `document`")
+        return
+    for index, entry in enumerate(documents, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("paragraph"), list):
+            reading.fault(item.label, f"document {index} holds no list `paragraph`")
             continue
-        if not member.name.lower().endswith(".json"):
-            continue
-        if member.stem in read:
-            reading.count("file present twice")
-            continue
-        read.add(member.stem)
-        if (data := read_bytes(reading, member)) is None:
-            continue
-        if (book := load_json(reading, member.label, data)) is None:
-            continue
-        documents = book.get("document") if isinstance(book, dict) else None
-        if not isinstance(documents, list):
-            reading.fault(member.label, "holds no list `document`")
-            continue
-        for index, entry in enumerate(documents, 1):
-            if not isinstance(entry, dict) or not isinstance(entry.get("paragraph"), list):
-                reading.fault(member.label, f"document {index} holds no list `paragraph`")
-                continue
-            document_id = str(entry.get("id") or f"{member.stem}.{index}")
-            if document := reading.document(document_id, _paragraphs(reading, entry["paragraph"])):
-                yield document
+        document_id = str(entry.get("id") or f"{item.id}.{index}")
+        if document := reading.document(document_id, _paragraphs(reading, entry["paragraph"])):
+            yield document
 
 
 def _paragraphs(reading: Reading, entries: Iterable[Any]) -> Paragraphs:

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,36 +30,41 @@ from tokenizers import Encoding, Tokenizer
 from daramgpt.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_BATCH_CHARACTERS = 200_000
 _PROBES = (("첫째 문장입니다.", "둘째 문장이다."), ("가나", "다. 라"), ("in 1997", "K리그"))
-
-
-@dataclass(slots=True)
-class Batch:
-    """Units to encode; `ends_text` says after which of them a text ends."""
-
-    units: list[str]
-    ends_text: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of a batch.
+    """Units of a text, or of several, as tokens.
 
     Attributes:
-        token_ids: [tokens], an EOS after each text that ends here.
-        unit_ends: [units], the number of tokens up to the end of each unit, its text's EOS not counted.
-        unit_bytes: [units], UTF-8 bytes with the separator.
-        num_separators: separators among those bytes.
-        num_texts: texts that end here.
-        unknown_bytes: text that became unknown tokens.
+        token_ids: [tokens]
+        unit_tokens: [units], how many of them each unit has.
+        text_bytes: [units], UTF-8 bytes with the separator.
+        unit_bytes: [units], the same without it.
+        unknown_bytes: [units], those of them that became unknown tokens.
     """
 
-    token_ids: NDArray[np.uint32]
-    unit_ends: NDArray[np.int64]
-    unit_bytes: NDArray[np.int64]
-    num_separators: int
-    num_texts: int
-    unknown_bytes: int
+    token_ids: NDArray[np.unsignedinteger[Any]]
+    unit_tokens: NDArray[np.uint32]
+    text_bytes: NDArray[np.uint32]
+    unit_bytes: NDArray[np.uint32]
+    unknown_bytes: NDArray[np.uint32]
+
+    def units(self, start: int, end: int, first_token: int, end_token: int) -> Encoded:
+        """Some of the units, and the tokens that are theirs."""
+        return Encoded(
+            self.token_ids[first_token:end_token],
+            self.unit_tokens[start:end],
+            self.text_bytes[start:end],
+            self.unit_bytes[start:end],
+            self.unknown_bytes[start:end],
+        )
+
+    def first(self, num_units: int) -> Encoded:
+        """The units before `num_units`."""
+        return self.units(0, num_units, 0, int(self.unit_tokens[:num_units].sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,30 +118,28 @@ class Encoder:
         space = space or _Rule()
         self._rules = {" ": space, "\n": line_feed or space}
 
-    def encode(self, batch: Batch) -> Encoded:
-        """Tokens of a batch of units."""
-        rules = [self._rules.get(unit[0]) for unit in batch.units]
-        texts = [self._given(unit, rule) for unit, rule in zip(batch.units, rules, strict=True)]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
-        ends_text = np.array(batch.ends_text, dtype=np.int64)
-        with_eos = (
-            chain(unit_ids, (self.eos_token_id,)) if end else unit_ids
-            for unit_ids, end in zip(ids, batch.ends_text, strict=True)
-        )
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + ends_text
-        total = int(lengths.sum())
+    def encode(self, units: list[str]) -> Encoded:
+        """Tokens of units, each with its separator before it."""
+        dtype = token_dtype(self.vocab_size)
+        token_ids = [np.empty(0, dtype)]
+        unit_tokens: list[int] = []
+        unknown_bytes: list[int] = []
+        for batch in _batches(units):
+            rules = [self._rules.get(unit[0]) for unit in batch]
+            texts = [self._given(unit, rule) for unit, rule in zip(batch, rules, strict=True)]
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
+            token_ids.append(np.array(list(chain.from_iterable(ids)), dtype=dtype))
+            unit_tokens += map(len, ids)
+            unknown_bytes += map(self._unknown_bytes, texts, ids)
+        text_bytes = np.array([len(unit.encode()) for unit in units], dtype=np.uint32)
+        separators = np.array([unit[0] in self._rules for unit in units], dtype=np.uint32)
         return Encoded(
-            token_ids=np.fromiter(chain.from_iterable(with_eos), dtype=np.uint32, count=total),
-            unit_ends=np.cumsum(lengths) - ends_text,
-            unit_bytes=np.fromiter((len(unit.encode()) for unit in batch.units), np.int64, count=len(ids)),
-            num_separators=sum(rule is not None for rule in rules),
-            num_texts=int(ends_text.sum()),
-            unknown_bytes=sum(
-                self._unknown_bytes(text)
-                for text, unit_ids in zip(texts, ids, strict=True)
-                if self._unknown_id is not None and self._unknown_id in unit_ids
-            ),
+            np.concatenate(token_ids),
+            np.array(unit_tokens, dtype=np.uint32),
+            text_bytes,
+            text_bytes - separators,
+            np.array(unknown_bytes, dtype=np.uint32),
         )
 
     def _given(self, unit: str, rule: _Rule | None) -> str:
@@ -143,7 +148,9 @@ class Encoder:
         # A line feed that the tokenizer does not know is given to it as the space it is read as.
         return rule.text(unit if self.keeps_line_feeds or unit[0] != "\n" else " " + unit[1:])
 
-    def _unknown_bytes(self, text: str) -> int:
+    def _unknown_bytes(self, text: str, ids: list[int]) -> int:
+        if self._unknown_id is None or self._unknown_id not in ids:
+            return 0
         encoding: Encoding = self.tokenizer.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return sum(len(text[start:end].encode()) for token, (start, end) in spans if token == self._unknown_id)
@@ -165,6 +172,23 @@ class Encoder:
             ):
                 return rule
         return None
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every token id."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def _batches(units: list[str]) -> Iterator[list[str]]:
+    """Units in batches of a bounded size: what the tokenizer gives back takes many times the text's memory."""
+    start = num_characters = 0
+    for end, unit in enumerate(units, 1):
+        num_characters += len(unit)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield units[start:end]
+            start, num_characters = end, 0
+    if start < len(units):
+        yield units[start:]
 
 
 def tokenizer_sha256(tokenizer_dir: Path) -> str:

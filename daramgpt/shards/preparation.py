@@ -1,10 +1,13 @@
 """Tokenise the curriculum into shards.
 
-A thread keeps the tokenizer busy (it uses all cores and needs no interpreter) while this one reads and cuts the next
-batch, so memory holds two batches whatever the corpus. Everything goes into ``shards.partial/`` and is renamed to
-``shards/`` when the index, written last, is complete: what is called ``shards/`` is whole. Finished stages are noted
-on the way; a run that was killed goes on after the last of them. What earlier stages took from a corpus that is still
-needed is read again then, but not tokenised, which is most of the work.
+All cores parse, cut and encode (see `workers`); this process walks through the corpora, deals their documents out to
+the stages and writes. Memory holds a few blocks whatever the corpus.
+
+Everything goes into ``shards.partial/`` and is renamed to ``shards/`` when the index, written last, is complete: what
+is called ``shards/`` is whole. Every few seconds, between two texts, what has been written is synced and
+``progress.json`` notes how far files and corpora have got, so a prepare that was killed goes on from there: it walks
+through the corpora again, but parses and encodes nothing twice. The shards do not depend on how often that happened,
+nor on the number of processes.
 
 The index carries a fingerprint of all that shaped the shards. Shards of another fingerprint are never used.
 """
@@ -12,30 +15,34 @@ The index carries a fingerprint of all that shaped the shards. Shards of another
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from daramgpt.corpora import Corpus, ReadReport
 from daramgpt.corpora.archives import parts_of
-from daramgpt.curriculum import Reader, Text, corpus_dir, take_bytes
+from daramgpt.curriculum import corpus_dir, find_corpora, is_last_of_corpus, take_bytes
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, write_json
-from daramgpt.shards.encode import TOKENIZER_FILES, Batch, Encoded, Encoder, tokenizer_sha256
+from daramgpt.shards.encode import TOKENIZER_FILES, Encoder, token_dtype
+from daramgpt.shards.fingerprint import fingerprint, first_difference
 from daramgpt.shards.report import Pace, summary
 from daramgpt.shards.rows import FORMAT_VERSION, INDEX, TOKENIZER, read_index, stage_file
-from daramgpt.shards.writer import StreamWriter, disk_full_is_the_users, token_dtype
+from daramgpt.shards.source import CorpusSource
+from daramgpt.shards.workers import Workers
+from daramgpt.shards.writer import StreamWriter, disk_full_is_the_users
 
-# To be raised with every change to readers, cleaning, splitting or encoding that alters the tokens.
-TEXT_VERSION = 1
-
-_BATCH_CHARACTERS = 400_000
 _PROGRESS = "progress.json"
-_SAMPLE_BYTES = 64 * 1024
+_FINGERPRINT = "fingerprint.json"
+_SECONDS_BETWEEN_SAVES = 10.0
+# Starting processes takes longer than reading this much.
+_FEW_FILE_BYTES = 2_000_000
 # Text in a compressed corpus file, at most, and tokens in a byte of Korean text, with something to spare.
 _MOST_TEXT_PER_FILE_BYTE = 10
 _TOKENS_PER_TEXT_BYTE = 0.225
@@ -43,8 +50,11 @@ _TOKENS_PER_TEXT_BYTE = 0.225
 
 def prepare(
     recipe: Recipe, run: RunDirectory, tokenizer_dir: Path, context_tokens: int, say: Callable[[str], None]
-) -> None:
-    """Write ``shards/`` of a run, or go on writing it; returns at once where it is finished.
+) -> list[dict[str, Any]]:
+    """Write ``shards/`` of a run, or go on writing it; at once where it is finished.
+
+    Returns:
+        what the index says of each stage, and the ``seconds`` that it took where it was written now.
 
     Args:
         recipe: its curriculum and corpus sections decide what is read.
@@ -58,63 +68,35 @@ def prepare(
     """
     encoder = Encoder(tokenizer_dir)
     folder = corpus_dir(recipe, run)
-    reader = Reader(recipe, folder)
-    wanted = fingerprint(recipe, folder, reader.files, tokenizer_dir, context_tokens)
+    corpora = find_corpora(recipe, folder)
+    wanted = fingerprint(recipe, folder, corpora, tokenizer_dir, context_tokens)
     if _is_finished(run, wanted):
         say(f"shards in {run.shards} are complete, nothing to prepare")
-        return
+        return list(read_index(run.shards)["stages"])
     if not encoder.keeps_line_feeds:
         say("this tokenizer has no token for a line feed: paragraphs are joined by spaces")
     partial = run.shards.with_name(f"{run.shards.name}.partial")
     with disk_full_is_the_users(partial.parent):
-        finished = _resume(partial, wanted, say)
-        _check_disk(recipe, reader, encoder, partial, finished)
-        pace = Pace(say, [take_bytes(recipe, stage) for stage in recipe.curriculum.stages[len(finished) :]])
-        for number in range(len(finished), len(recipe.curriculum.stages)):
-            finished.append(_write_stage(recipe, reader, encoder, number, partial, context_tokens, pace))
-            write_json(partial / _PROGRESS, {"fingerprint": wanted, "stages": finished})
-        _finish(run, partial, finished, wanted, encoder, context_tokens, tokenizer_dir)
-    for line in summary(finished):
+        progress = _progress(partial, wanted, say)
+        _check_disk(recipe, corpora, encoder, partial, progress)
+        with Workers(_num_workers(recipe, corpora), tokenizer_dir, encoder) as workers:
+            stages = _Preparation(recipe, corpora, encoder, workers, partial, context_tokens, progress, say).run()
+        _finish(run, partial, stages, wanted, encoder, context_tokens, tokenizer_dir)
+    for line in summary(stages):
         say(line)
+    return stages
 
 
-def fingerprint(
-    recipe: Recipe, folder: Path, files: dict[str, list[Path]], tokenizer_dir: Path, context_tokens: int
-) -> dict[str, Any]:
-    """All that decides what is in the shards, one key for each thing that can differ.
-
-    Args:
-        folder: of the corpora.
-        files: of each corpus, below that folder.
-    """
-    curriculum = recipe.curriculum
-    keys: dict[str, Any] = {
-        "text_version": TEXT_VERSION,
-        "context_tokens": context_tokens,
-        "tokenizer_sha256": tokenizer_sha256(tokenizer_dir),
-        "curriculum.scale": curriculum.scale,
-        "curriculum.heldout_fraction": curriculum.heldout_fraction,
-        "curriculum.heldout_documents": curriculum.heldout_documents,
-        "corpus.strict": recipe.corpus.strict,
-        "corpus.formats": dict(sorted(recipe.corpus.formats.items())),
-        "curriculum.stages": [stage.name for stage in curriculum.stages],
-    }
-    for stage in curriculum.stages:
-        for key in ("corpus", "take", "unit"):
-            keys[f"curriculum.stages.{stage.name}.{key}"] = getattr(stage, key)
-    for corpus, paths in files.items():
-        for path in (part for first in paths for part in parts_of(first)):
-            # Neither whole paths nor times: a corpus may be moved, copied, or mounted anew for each session.
-            keys[f"corpus file {corpus}: {path.relative_to(folder)}"] = [path.stat().st_size, _sample_hash(path)]
-    return keys
+def _num_workers(recipe: Recipe, corpora: dict[str, Corpus]) -> int:
+    if recipe.corpus.workers is not None:
+        return recipe.corpus.workers
+    if not recipe.corpus.datasets and sum(map(_file_bytes, corpora.values())) < _FEW_FILE_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _sample_hash(path: Path) -> str:
-    """Hash of a file's two ends, which tell files of one size apart: an archive's end lists its members' checksums."""
-    with path.open("rb") as file:
-        sample = file.read(_SAMPLE_BYTES)
-        file.seek(max(0, path.stat().st_size - _SAMPLE_BYTES))
-        return blake2b(sample + file.read(_SAMPLE_BYTES), digest_size=16).hexdigest()
+def _file_bytes(corpus: Corpus) -> int:
+    return sum(part.stat().st_size for path in corpus.paths if path.exists() for part in parts_of(path))
 
 
 def _is_finished(run: RunDirectory, wanted: dict[str, Any]) -> bool:
@@ -124,47 +106,45 @@ def _is_finished(run: RunDirectory, wanted: dict[str, Any]) -> bool:
         raise UserError(
             f"{run.shards} holds files but no {INDEX}", "remove it, or use another run directory with --run"
         )
-    found = read_index(run.shards)["fingerprint"]
-    for key in [*wanted, *found]:
-        if found.get(key) != wanted.get(key):
-            raise UserError(
-                f"{run.shards} was made with another {key}: {_shown(found, key)}, now {_shown(wanted, key)}",
-                f"remove {run.shards}, or use another run directory with --run",
-            )
+    if difference := first_difference(read_index(run.shards)["fingerprint"], wanted):
+        raise UserError(
+            f"{run.shards} was made with another {difference}",
+            f"remove {run.shards}, or use another run directory with --run",
+        )
     return True
 
 
-def _shown(keys: dict[str, Any], key: str) -> str:
-    return str(keys[key]) if key in keys else "absent"
-
-
-def _resume(partial: Path, wanted: dict[str, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Stages finished by a prepare that was killed, if it was after the same shards; else a fresh start."""
+def _progress(partial: Path, wanted: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """How far a prepare that was killed had got, if it was after the same shards; else a fresh start."""
     try:
-        progress = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
-        if progress["fingerprint"] == wanted and progress["stages"]:
-            say(f"going on after stage {progress['stages'][-1]['name']}, which was finished before")
-            return list(progress["stages"])
+        if json.loads((partial / _FINGERPRINT).read_text(encoding="utf-8")) == wanted:
+            progress: dict[str, Any] = json.loads((partial / _PROGRESS).read_text(encoding="utf-8"))
+            done = [stage["name"] for stage in progress["stages"]]
+            if (stage := progress["stage"]) is not None:
+                done.append(f"{stage['training']['counts'].get('text_bytes', 0) / 1e6:,.1f} MB of the next")
+            say(f"going on after {', '.join(done)}, which an earlier prepare has written")
+            return progress
     except (FileNotFoundError, ValueError, KeyError):
         pass
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    return []
+    write_json(partial / _FINGERPRINT, wanted)
+    return {"stages": [], "stage": None, "corpora": {}}
 
 
 def _check_disk(
-    recipe: Recipe, reader: Reader, encoder: Encoder, partial: Path, finished: list[dict[str, Any]]
+    recipe: Recipe, corpora: dict[str, Corpus], encoder: Encoder, partial: Path, progress: dict[str, Any]
 ) -> None:
-    file_bytes = {
-        corpus: sum(part.stat().st_size for path in paths for part in parts_of(path))
-        for corpus, paths in reader.files.items()
-    }
-    text: dict[str, int] = dict.fromkeys(file_bytes, 0)
-    for stage in recipe.curriculum.stages[len(finished) :]:
+    text = Counter[str]()
+    for stage in recipe.curriculum.stages[len(progress["stages"]) :]:
         text[stage.corpus] += take_bytes(recipe, stage)
-    most_text = sum(min(text[corpus], file_bytes[corpus] * _MOST_TEXT_PER_FILE_BYTE) for corpus in text)
-    needed = round(most_text * _TOKENS_PER_TEXT_BYTE * token_dtype(encoder.vocab_size).itemsize)
+    most_text = sum(
+        num_bytes if corpora[name].hub else min(num_bytes, _file_bytes(corpora[name]) * _MOST_TEXT_PER_FILE_BYTE)
+        for name, num_bytes in text.items()
+    )
+    written = progress["stage"]["training"]["tokens"] if progress["stage"] else 0
+    needed = round(most_text * _TOKENS_PER_TEXT_BYTE * token_dtype(encoder.vocab_size).itemsize) - written
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(
@@ -173,85 +153,142 @@ def _check_disk(
         )
 
 
-def _write_stage(
-    recipe: Recipe, reader: Reader, encoder: Encoder, number: int, partial: Path, context_tokens: int, pace: Pace
-) -> dict[str, Any]:
-    """Write the files of a stage; what the index says of it."""
-    stage = recipe.curriculum.stages[number]
-    reader.skip_to(number)
-    begin = time.monotonic()
-    name = stage_file(number, stage.name)
-    before = reader.report(stage.corpus)
-    pace.begin(stage.name)
+class _Preparation:
+    """The stages that are still to be written.
 
-    def writer(file_name: str) -> StreamWriter:
-        return StreamWriter(partial, file_name, encoder.eos_token_id, encoder.vocab_size, context_tokens)
+    Args:
+        partial: the folder that they are written into.
+        progress: of an earlier prepare, or a fresh start: ``stages`` finished, the ``stage`` under way, and the state
+            of each of the ``corpora`` that is open.
+    """
 
-    with writer(name) as training, writer(f"{name}.heldout") as heldout, ThreadPoolExecutor(1) as thread:
-        for is_heldout, encoded in _encoded(reader.texts(number), encoder, thread):
-            (heldout if is_heldout else training).append(encoded)
-            pace.advance(training.text_bytes)
-        files = training.finish() | heldout.finish()
-    if not training.num_units:
-        raise UserError(
-            f"no text is left in corpus {stage.corpus} for stage {stage.name}",
-            f"give more text, or lower the take of the stages before, or curriculum.scale ({recipe.curriculum.scale})",
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpora: dict[str, Corpus],
+        encoder: Encoder,
+        workers: Workers,
+        partial: Path,
+        context_tokens: int,
+        progress: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self._recipe, self._corpora, self._encoder, self._workers = recipe, corpora, encoder, workers
+        self._partial, self._context_tokens = partial, context_tokens
+        self._finished: list[dict[str, Any]] = progress["stages"]
+        self._under_way: dict[str, Any] | None = progress["stage"]
+        self._states: dict[str, dict[str, Any]] = progress["corpora"]
+        self._sources: dict[str, CorpusSource] = {}
+        self._last_save = time.monotonic()
+        takes = [take_bytes(recipe, stage) for stage in recipe.curriculum.stages]
+        self._pace = Pace(say, takes[len(self._finished) :])
+
+    def run(self) -> list[dict[str, Any]]:
+        """Write them; what the index says of every stage."""
+        for number in range(len(self._finished), len(self._recipe.curriculum.stages)):
+            self._finished.append(self._write_stage(number))
+            corpus = self._recipe.curriculum.stages[number].corpus
+            if is_last_of_corpus(self._recipe, number):
+                self._sources.pop(corpus).close()
+                self._states.pop(corpus, None)
+            else:
+                self._states[corpus] = self._sources[corpus].save()
+            self._save(None)
+        return self._finished
+
+    def _write_stage(self, number: int) -> dict[str, Any]:
+        stage = self._recipe.curriculum.stages[number]
+        name = stage_file(number, stage.name)
+        state, self._under_way = self._under_way, None
+        begin = time.monotonic()
+        source = self._source(stage.corpus)
+        source.unit = stage.unit
+        before = ReadReport.from_dict(state["before"]) if state else deepcopy(source.report)
+        earlier_seconds = state["seconds"] if state else 0.0
+        with (
+            self._writer(name, state and state["training"]) as training,
+            self._writer(f"{name}.heldout", state and state["heldout"]) as heldout,
+        ):
+            self._pace.begin(stage.name, training.counts["unit_bytes"])
+            for text in source.stream.take(
+                take_bytes(self._recipe, stage),
+                stage.unit,
+                self._recipe.curriculum.heldout_documents,
+                is_last=is_last_of_corpus(self._recipe, number),
+                taken_bytes=training.counts["unit_bytes"],
+                heldout_so_far=tuple(state["heldout_so_far"]) if state else (0, 0),
+            ):
+                (heldout if text.heldout else training).append(text.units)
+                self._pace.advance(training.counts["unit_bytes"])
+                # While documents wait, or are read ahead, there is more to note than is worth it.
+                if time.monotonic() - self._last_save > _SECONDS_BETWEEN_SAVES and not source.stream.waiting:
+                    saved = training.save()
+                    self._states[stage.corpus] = source.save()
+                    self._save(
+                        {
+                            "before": before.as_dict(),
+                            "seconds": earlier_seconds + time.monotonic() - begin,
+                            "training": saved,
+                            "heldout": heldout.save(),
+                            "heldout_so_far": [source.stream.heldout.num_documents, source.stream.heldout.num_bytes],
+                        }
+                    )
+            files = training.finish() | heldout.finish()
+            counts, heldout_counts = training.counts, heldout.counts
+            num_rows, num_heldout_rows = training.num_rows, heldout.num_rows
+        if not counts["num_units"]:
+            raise UserError(
+                f"no text is left in corpus {stage.corpus} for stage {stage.name}",
+                f"give more text, or lower the take of the stages before, or curriculum.scale "
+                f"({self._recipe.curriculum.scale})",
+            )
+        info = {
+            "name": stage.name,
+            "corpus": stage.corpus,
+            "unit": stage.unit,
+            "take_bytes": take_bytes(self._recipe, stage),
+            "documents": counts["num_texts"],
+            "units": counts["num_units"],
+            "unit_bytes": counts["unit_bytes"],
+            "text_bytes": counts["text_bytes"],
+            "tokens": counts["num_tokens"],
+            "bytes_per_token": counts["text_bytes"] / counts["num_tokens"],
+            "unknown_bytes": counts["unknown_bytes"],
+            "rows": num_rows,
+            "heldout_documents": heldout_counts["num_texts"],
+            "heldout_text_bytes": heldout_counts["text_bytes"],
+            "heldout_tokens": heldout_counts["num_tokens"],
+            "heldout_rows": num_heldout_rows,
+            "cleaned": dict(source.report.cleaned - before.cleaned),
+            "faults": source.report.faults[len(before.faults) :],
+            "notes": source.report.notes[len(before.notes) :],
+            "seconds": earlier_seconds + time.monotonic() - begin,
+            "files": files,
+        }
+        self._pace.end(info)
+        return info
+
+    def _source(self, name: str) -> CorpusSource:
+        if name not in self._sources:
+            self._sources[name] = CorpusSource(
+                self._recipe,
+                self._corpora[name],
+                self._workers,
+                self._encoder,
+                self._partial,
+                self._states.get(name),
+            )
+        return self._sources[name]
+
+    def _writer(self, name: str, state: dict[str, Any] | None) -> StreamWriter:
+        return StreamWriter(
+            self._partial, name, self._encoder.eos_token_id, self._encoder.vocab_size, self._context_tokens, state
         )
-    seconds = time.monotonic() - begin
-    read = reader.report(stage.corpus)
-    info = {
-        "name": stage.name,
-        "corpus": stage.corpus,
-        "unit": stage.unit,
-        "take_bytes": take_bytes(recipe, stage),
-        "documents": training.num_texts,
-        "units": training.num_units,
-        "unit_bytes": training.unit_bytes,
-        "text_bytes": training.text_bytes,
-        "tokens": training.num_tokens,
-        "bytes_per_token": training.text_bytes / training.num_tokens,
-        "unknown_bytes": training.unknown_bytes,
-        "rows": training.num_rows,
-        "heldout_documents": heldout.num_texts,
-        "heldout_text_bytes": heldout.text_bytes,
-        "heldout_tokens": heldout.num_tokens,
-        "heldout_rows": heldout.num_rows,
-        "cleaned": dict(read.cleaned - before.cleaned),
-        "faults": read.faults[len(before.faults) :],
-        "seconds": seconds,
-        "megabytes_per_second": training.text_bytes / 1e6 / max(seconds, 1e-9),
-        "files": files,
-    }
-    pace.end(info)
-    return info
 
-
-def _encoded(texts: Iterator[Text], encoder: Encoder, thread: ThreadPoolExecutor) -> Iterator[tuple[bool, Encoded]]:
-    """Tokens batch by batch, with whether they are held out; the next batch is read while one is encoded."""
-    under_way: tuple[bool, Future[Encoded]] | None = None
-    for is_heldout, batch in _batches(texts):
-        following = is_heldout, thread.submit(encoder.encode, batch)
-        if under_way is not None:
-            yield under_way[0], under_way[1].result()
-        under_way = following
-    if under_way is not None:
-        yield under_way[0], under_way[1].result()
-
-
-def _batches(texts: Iterator[Text]) -> Iterator[tuple[bool, Batch]]:
-    """Units in batches of a bounded size, training and held-out ones apart; a long text may fill several."""
-    batch, is_heldout, num_characters = Batch([], []), False, 0
-    for text in texts:
-        for place, unit in enumerate(text.units, 1):
-            if batch.units and (text.heldout != is_heldout or num_characters >= _BATCH_CHARACTERS):
-                yield is_heldout, batch
-                batch, num_characters = Batch([], []), 0
-            is_heldout = text.heldout
-            batch.units.append(unit)
-            batch.ends_text.append(place == len(text.units))
-            num_characters += len(unit)
-    if batch.units:
-        yield is_heldout, batch
+    def _save(self, stage: dict[str, Any] | None) -> None:
+        """Note how far everything has got; files must have been synced."""
+        write_json(self._partial / _PROGRESS, {"stages": self._finished, "stage": stage, "corpora": self._states})
+        self._last_save = time.monotonic()
 
 
 def _finish(
@@ -275,10 +312,12 @@ def _finish(
         "vocab_size": encoder.vocab_size,
         "eos_token_id": encoder.eos_token_id,
         "keeps_line_feeds": encoder.keeps_line_feeds,
-        "stages": [{key: value for key, value in stage.items() if key != "files"} for stage in stages],
+        # No times, so that shards made twice are the same to the last byte.
+        "stages": [{key: stage[key] for key in stage if key not in ("files", "seconds")} for stage in stages],
         "files": files,
         "fingerprint": wanted,
     }
     write_json(partial / INDEX, index)
     partial.replace(run.shards)
-    (run.shards / _PROGRESS).unlink(missing_ok=True)
+    for name in (_PROGRESS, _FINGERPRINT):
+        (run.shards / name).unlink(missing_ok=True)

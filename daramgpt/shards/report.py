@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 _SECONDS_BETWEEN_LINES = 5.0
-_FAULTS_NAMED = 5
+_LINES_NAMED = 5
 _LOW_SHARE = 0.999
 
 
@@ -24,31 +23,36 @@ class Pace:
         self._say = say
         self._takes_bytes = takes_bytes
         self._finished_stages = 0
-        self._finished_bytes = 0
+        # Written by this process: in stages that are finished; in this one, before it began.
+        self._finished_bytes = self._stage_began_at = 0
         self._stage = ""
         self._begin = self._last_line = time.monotonic()
 
-    def begin(self, stage: str) -> None:
+    def begin(self, stage: str, stage_bytes: int) -> None:
+        """A stage begins, of which so much text has been written before."""
         self._stage = stage
+        self._stage_began_at = stage_bytes
 
     def advance(self, stage_bytes: int) -> None:
         """So much text of the stage has been written."""
         now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES or not stage_bytes:
+        written = self._finished_bytes + stage_bytes - self._stage_began_at
+        if now - self._last_line < _SECONDS_BETWEEN_LINES or not written:
             return
         self._last_line = now
-        rate = (self._finished_bytes + stage_bytes) / (now - self._begin)
-        left = max(0, self._takes_bytes[self._finished_stages] - stage_bytes)
-        left += sum(self._takes_bytes[self._finished_stages + 1 :])
+        rate = written / (now - self._begin)
+        left_of_stage = max(0, self._takes_bytes[self._finished_stages] - stage_bytes)
+        left = left_of_stage + sum(self._takes_bytes[self._finished_stages + 1 :])
         self._say(
             f"{self._stage}: {stage_bytes / 1e6:,.1f} of {self._takes_bytes[self._finished_stages] / 1e6:,.1f} MB, "
-            f"{rate / 1e6:.2f} MB/s, all stages done in {_duration(left / rate)} at most"
+            f"{rate / 1e6:.2f} MB/s, done in {_duration(left_of_stage / rate)}, "
+            f"all stages in {_duration(left / rate)} at most"
         )
 
     def end(self, info: dict[str, Any]) -> None:
         """The stage is written; warns where it has less text than it should."""
         self._finished_stages += 1
-        self._finished_bytes += info["text_bytes"]
+        self._finished_bytes += info["unit_bytes"] - self._stage_began_at
         if info["unit_bytes"] < info["take_bytes"] * _LOW_SHARE:
             self._say(
                 f"warning: stage {info['name']} wanted {info['take_bytes'] / 1e6:,.2f} MB, corpus {info['corpus']} had "
@@ -72,7 +76,7 @@ def summary(stages: list[dict[str, Any]]) -> list[str]:
             f"{stage['tokens']:,}",
             f"{stage['bytes_per_token']:.2f}",
             f"{stage['heldout_documents']:,}",
-            f"{stage['megabytes_per_second']:.2f}",
+            f"{stage['text_bytes'] / 1e6 / max(stage['seconds'], 1e-9):.2f}",
         )
         for stage in stages
     ]
@@ -85,17 +89,17 @@ def summary(stages: list[dict[str, Any]]) -> list[str]:
         ).rstrip()
         for row in (head, *rows)
     ]
-    cleaned: Counter[str] = Counter()
     for stage in stages:
-        cleaned.update(stage["cleaned"])
-    lines += [f"cleaned: {rule}: {count:,}" for rule, count in sorted(cleaned.items())]
+        counts = sorted(stage["cleaned"].items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"{stage['name']}: {rule}: {count:,}" for rule, count in counts]
+        for kind in ("faults", "notes"):
+            named = stage[kind]
+            lines += [f"{stage['name']}: {kind[:-1]}: {line}" for line in named[:_LINES_NAMED]]
+            if len(named) > _LINES_NAMED:
+                lines.append(f"{stage['name']}: {len(named) - _LINES_NAMED:,} more {kind}, all named in index.json")
     if unknown_bytes := sum(stage["unknown_bytes"] for stage in stages):
         share = unknown_bytes / sum(stage["text_bytes"] for stage in stages)
         lines.append(f"lost to unknown tokens: {unknown_bytes:,} bytes ({share:.4%})")
-    faults = [fault for stage in stages for fault in stage["faults"]]
-    lines += [f"fault: {fault}" for fault in faults[:_FAULTS_NAMED]]
-    if len(faults) > _FAULTS_NAMED:
-        lines.append(f"and {len(faults) - _FAULTS_NAMED:,} faults more, all named in index.json")
     return lines
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daramgpt.errors import UserError
-from daramgpt.shards.writer import CREDIT_DTYPE, num_rows, token_dtype
+from daramgpt.shards.encode import token_dtype
+from daramgpt.shards.writer import CREDIT_DTYPE, num_rows
 
 if TYPE_CHECKING:
     import torch

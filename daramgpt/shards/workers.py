@@ -1,0 +1,176 @@
+"""Blocks of a corpus to tokens, by as many processes as there are cores, in the order of the blocks.
+
+A worker parses a block, cuts its documents into units and encodes them: all that is slow. The process that prepares
+only walks through the files, hands blocks out and takes results in, so what comes out does not depend on the number
+of workers. Each worker runs the tokenizer on one thread, which is faster than one process running it on many: its
+threads share a cache, and Python waits between two batches.
+
+A worker has nothing but a pipe to the process that started it, and ends when that is closed, be it by a SIGKILL.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daramgpt import corpora
+from daramgpt.corpora import Block, ReadReport
+from daramgpt.curriculum import cut, document_bytes
+from daramgpt.errors import UserError
+from daramgpt.shards.encode import Encoded, Encoder
+
+# Blocks handed out ahead of the one whose turn it is, beside those that workers are busy with.
+_BLOCKS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """Documents of a block as tokens.
+
+    Attributes:
+        unit: ``"sentence"`` or ``"paragraph"``.
+        ids, digests, text_bytes: of each document.
+        num_units: [documents]
+        units: of all of them.
+        report: what was noted of the block.
+    """
+
+    unit: str
+    ids: list[str]
+    digests: list[int]
+    text_bytes: list[int]
+    num_units: NDArray[np.int64]
+    units: Encoded
+    report: ReadReport
+
+
+def encode_block(block: Block, unit: str, splitter: str, encoder: Encoder) -> EncodedBlock:
+    """Parse a block, cut its documents and encode their units."""
+    documents, report = corpora.parse(block)
+    units = [cut(document, unit, splitter) for document in documents]
+    return EncodedBlock(
+        unit,
+        [document.id for document in documents],
+        [corpora.text_digest(document) for document in documents],
+        [document_bytes(document) for document in documents],
+        np.array([len(one) for one in units], dtype=np.int64),
+        encoder.encode([unit for one in units for unit in one]),
+        report,
+    )
+
+
+class Workers:
+    """Processes that encode blocks; a context manager.
+
+    Args:
+        num_workers: 1 = none but this process.
+        tokenizer_dir: holds tokenizer.json.
+        encoder: of this process, for the same tokenizer.
+    """
+
+    def __init__(self, num_workers: int, tokenizer_dir: Path, encoder: Encoder) -> None:
+        self._tokenizer_dir = tokenizer_dir
+        self._encoder = encoder
+        self._num_workers = num_workers
+        self._processes: list[Any] = []
+        self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(num_workers)
+
+    def __enter__(self) -> Self:
+        if self._num_workers > 1:
+            # Not forked: this process has threads, and a fork would copy whatever they hold.
+            context = multiprocessing.get_context("spawn")
+            for _ in range(self._num_workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, self._tokenizer_dir), daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._idle.put(ours)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+    def encode(
+        self, blocks: Iterable[Block], unit: Callable[[], str], splitter: str
+    ) -> Iterator[tuple[Block, EncodedBlock]]:
+        """Each block with its tokens, in order; the next ones are under way meanwhile.
+
+        Args:
+            unit: asked when a block is handed out.
+
+        Raises:
+            UserError: a worker was killed.
+        """
+        if not self._processes:
+            yield from ((block, encode_block(block, unit(), splitter, self._encoder)) for block in blocks)
+            return
+        under_way: deque[tuple[Block, Future[EncodedBlock]]] = deque()
+        for block in blocks:
+            under_way.append((block, self._threads.submit(self._ask, block, unit(), splitter)))
+            if len(under_way) >= self._num_workers + _BLOCKS_AHEAD:
+                first, future = under_way.popleft()
+                yield first, future.result()
+        while under_way:
+            first, future = under_way.popleft()
+            yield first, future.result()
+
+    def _ask(self, block: Block, unit: str, splitter: str) -> EncodedBlock:
+        connection = self._idle.get()
+        try:
+            connection.send((block, unit, splitter))
+            answer = connection.recv()
+        except (EOFError, OSError):
+            raise UserError(
+                "a process that reads the corpora was killed, most likely for lack of memory",
+                "close other programs, or set corpus.workers=1; the same command goes on where this one was",
+            ) from None
+        finally:
+            self._idle.put(connection)
+        if isinstance(answer, EncodedBlock):
+            return answer
+        if isinstance(answer, tuple):
+            raise UserError(*answer)
+        raise RuntimeError(f"a process that reads the corpora failed:\n{answer}")
+
+
+def _serve(connection: Connection, tokenizer_dir: Path) -> None:
+    """Answer blocks by tokens until the pipe is closed."""
+    # The process that started this one decides when to stop; a terminal's Ctrl-C reaches both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder = Encoder(tokenizer_dir)
+    answer: EncodedBlock | tuple[str, str] | str
+    while True:
+        try:
+            block, unit, splitter = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = encode_block(block, unit, splitter, encoder)
+        except UserError as error:
+            answer = error.fault, error.mend
+        except Exception:
+            answer = traceback.format_exc()
+        connection.send(answer)
