@@ -93,11 +93,16 @@ def prepare(
     ds_config: DsConfigOption = None,
     run: RunOption = None,
     settings: SetOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Bad input is fatal: corpus.strict.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it will take: tokens, disk, time.")
+    ] = False,
 ) -> None:
     """Read the corpora in the order of the curriculum and write token shards."""
     from daramgpt import commands
 
-    commands.prepare(*_begin(recipe, corpus, ds_config, run, settings))
+    settings = [*(settings or []), *(["corpus.strict=true"] if strict else [])]
+    commands.prepare(*_begin(recipe, corpus, ds_config, run, settings), estimate_only=estimate)
 
 
 @app.command()

@@ -97,8 +97,8 @@ def doctor(recipe: Recipe, run: RunDirectory, console: Console) -> None:
         raise UserError(f"the run cannot begin: {'; '.join(blocked)}", "mend that and run the same command again")
 
 
-def prepare(recipe: Recipe, run: RunDirectory, console: Console) -> None:
-    """Corpus → tokenizer → token shards."""
+def prepare(recipe: Recipe, run: RunDirectory, console: Console, estimate_only: bool = False) -> None:
+    """Corpus → tokenizer → token shards; or, of the shards, only what they would take."""
     from daramgpt import shards, tokenizer
 
     with locked(run):
@@ -124,7 +124,8 @@ def prepare(recipe: Recipe, run: RunDirectory, console: Console) -> None:
                 console(f"tokenizer: training {recipe.teacher.train.vocab_size:,} pieces")
                 texts = curriculum.texts(recipe, curriculum.corpus_dir(recipe, run), TOKENIZER_TEXT_BYTES)
                 tokenizer.train_tokenizer(texts, recipe.teacher.train.vocab_size, tokenizer_dir)
-        shards.prepare(recipe, run, tokenizer_dir, context_tokens, console)
+        do = shards.estimate_stages if estimate_only else shards.prepare
+        do(recipe, run, tokenizer_dir, context_tokens, console)
 
 
 def _make_corpus(recipe: Recipe, run: RunDirectory, console: Console) -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from daramgpt.ledger import entries
 from daramgpt.run_directory import write_atomically
+from daramgpt.text_table import duration
 
 # Without a terminal a line every so often is enough: a notebook keeps them all.
 PLAIN_SECONDS = 20.0
@@ -127,15 +128,3 @@ class TrainingDisplay:
         parts += [f"ce {entry['ce']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
         parts.append(f"{duration(3600 * entry['hours_left'])} left")
         return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """``75`` → ``"1 min 15 s"``."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"

@@ -1,13 +1,11 @@
-"""The result of an evaluation as plain text of at most 100 columns.
-
-Korean letters are two columns wide in a terminal, so padding counts columns and not characters.
-"""
+"""The result of an evaluation as plain text of at most 100 columns."""
 
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from typing import Any
+
+from daramgpt.text_table import aligned, pad, width_of
 
 Cells = list[list[str]]
 LEGEND = "KL(teacher ‖ model) in nats a token; top-1: tokens where model and teacher agree on the likeliest"
@@ -64,7 +62,7 @@ def _by_stage(rows: list[dict[str, Any]], stages: list[str], width: int) -> str:
         *([row["name"], *(number(row["bits_per_byte"][s], ".4f") for s in stages)] for row in rows),
     ]
     text = _columns(cells)
-    if max(columns(line) for line in text.splitlines()) <= width:
+    if max(width_of(line) for line in text.splitlines()) <= width:
         return text
     return _columns([list(line) for line in zip(*cells, strict=True)])
 
@@ -72,7 +70,7 @@ def _by_stage(rows: list[dict[str, Any]], stages: list[str], width: int) -> str:
 def format_samples(samples: list[dict[str, str]], width: int = 100) -> str:
     """Each prompt, and below it what every model went on with, wrapped to `width` columns."""
     lines: list[str] = []
-    name_columns = max(columns(sample["model"]) for sample in samples)
+    name_columns = max(width_of(sample["model"]) for sample in samples)
     prompt = None
     for sample in samples:
         if sample["prompt"] != prompt:
@@ -81,18 +79,8 @@ def format_samples(samples: list[dict[str, str]], width: int = 100) -> str:
         text = " ".join(f"{prompt}{sample['text']}".split())
         wrapped = _wrap(text, width - name_columns - 4)
         for index, line in enumerate(wrapped):
-            lines.append(f"  {_pad(sample['model'] if index == 0 else '', name_columns)}  {line}")
+            lines.append(f"  {pad(sample['model'] if index == 0 else '', name_columns)}  {line}")
     return "\n".join(lines)
-
-
-def columns(text: str) -> int:
-    """Columns that a terminal gives to a text."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _pad(text: str, width: int, right: bool = False) -> str:
-    space = " " * (width - columns(text))
-    return space + text if right else text + space
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -102,7 +90,7 @@ def _wrap(text: str, width: int) -> list[str]:
         # In a line of wide letters alone a column count of width is width // 2 characters.
         for piece in textwrap.wrap(word, max(1, width // 2)):
             joined = f"{lines[-1]} {piece}" if lines[-1] else piece
-            if columns(joined) <= width:
+            if width_of(joined) <= width:
                 lines[-1] = joined
             else:
                 lines.append(piece)
@@ -111,11 +99,5 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def _columns(cells: Cells) -> str:
     """First column to the left, figures to the right, a rule below the header."""
-    widths = [max(columns(line[index]) for line in cells) for index in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            _pad(cell, width, right=index > 0) for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
-    return "\n".join([lines[0], "─" * columns(lines[0]), *lines[1:]])
+    head, *lines = aligned(cells)
+    return "\n".join([head, "─" * max(map(width_of, (head, *lines))), *lines])

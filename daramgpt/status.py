@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from daramgpt import checkpoint, recipe
 from daramgpt.ledger import Session, sessions
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, is_locked
+from daramgpt.text_table import aligned
 
 STAGE_HEADINGS = ("stage", "text MB", "tokens", "first step", "last step", "trained")
 
@@ -144,13 +144,13 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
                 stage.name,
                 f"{stage.text_bytes / 1e6:,.2f}",
                 f"{stage.tokens:,}",
-                f"{stage.first_step:,}",
-                f"{stage.last_step:,}",
+                f"{stage.first_step:,}" if status.num_steps else "–",
+                f"{stage.last_step:,}" if status.num_steps else "–",
                 f"{stage.trained_fraction:.0%}",
             )
             for stage in status.stages
         ]
-        result += ["", *columns(STAGE_HEADINGS, rows)]
+        result += ["", *aligned([STAGE_HEADINGS, *rows])]
     if status.sessions:
         session_rows = [
             (
@@ -166,15 +166,9 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
         ]
         result += [
             "",
-            *columns(("session", "training", "started", "steps", "tokens", "minutes", "ended"), session_rows),
+            *aligned([("session", "training", "started", "steps", "tokens", "minutes", "ended"), *session_rows]),
         ]
     return result
-
-
-def columns(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows of text in aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(headings, *rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (headings, *rows)]
 
 
 def _json(path: Path) -> dict[str, Any]:

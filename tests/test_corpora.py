@@ -448,7 +448,10 @@ def test_sample_corpora(name: str, num_documents: int, num_faults: int) -> None:
     assert all(piece and piece == piece.strip() for d in documents for pieces in d.paragraphs for piece in pieces)
     if name == "wiki":
         everything = "\n".join(texts(documents))
-        assert "{{" not in everything
+        assert everything.count("{{") == report.cleaned["double braces kept as text"]
+        kept = ("unbalanced mark kept", "double brackets kept as text", "double braces kept as text")
+        assert [report.cleaned[rule] for rule in kept] == [17, 4, 2]
+        assert len(report.notes) >= 12 and all("page " in note and "kept" in note for note in report.notes)
         assert "<ref" not in everything
         assert "|}" not in everything
         assert everything.count("[[") == report.cleaned["double brackets kept as text"]

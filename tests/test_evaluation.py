@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from daramgpt import generate, results_table, student
+from daramgpt import generate, results_table, student, text_table
 from daramgpt.errors import UserError
 from daramgpt.evaluation import held_out
 from daramgpt.generate import Sampling
@@ -228,13 +228,9 @@ def evaluation(num_stages: int = 5) -> dict[str, object]:
 @pytest.mark.parametrize(("width", "num_stages"), [(100, 5), (80, 5), (80, 12)])
 def test_printed_result_keeps_to_its_width_and_lines_up(width: int, num_stages: int) -> None:
     lines = results_table.format_evaluation(evaluation(num_stages), width).splitlines()
-    assert max(map(results_table.columns, lines)) <= max(width, results_table.columns(results_table.LEGEND))
+    assert max(map(text_table.width_of, lines)) <= max(width, text_table.width_of(results_table.LEGEND))
     head, _, teacher, student_line = lines[:4]
-    assert results_table.columns(head) == results_table.columns(teacher) == results_table.columns(student_line)
+    assert text_table.width_of(head) == text_table.width_of(teacher) == text_table.width_of(student_line)
     assert "1.2346" in student_line and "61.2%" in student_line and "–" in teacher
     assert any(line.startswith("partial: measured at step 7") for line in lines)
-    assert sum(results_table.columns(line) > width - 10 for line in lines) >= 1
-
-
-def test_wide_letters_count_two_columns() -> None:
-    assert results_table.columns("가a") == 3
+    assert sum(text_table.width_of(line) > width - 10 for line in lines) >= 1

@@ -32,11 +32,15 @@ def _no_hang() -> Iterator[None]:
 def check(hostile: Hostile, folder: Path) -> None:
     report = ReadReport()
     found: list[str] = []
+    refusal = ""
     try:
         for document in read(find(folder, hostile.corpus), report):
             found.append("\n".join(" ".join(pieces) for pieces in document.paragraphs))
     except UserError as error:
-        assert hostile.refusal and hostile.refusal in str(error)
+        refusal = str(error)
+    if refusal:
+        assert hostile.refusal, refusal
+        assert hostile.refusal in refusal
         return
     lines = report.faults + report.notes
     for text in hostile.kept:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from daramgpt.progress import Console, TrainingDisplay, duration
+from daramgpt.progress import Console, TrainingDisplay
 
 
 @pytest.fixture(autouse=True)
@@ -120,18 +120,3 @@ def test_other_ranks_show_and_write_nothing(tmp_path: Path, capsys: pytest.Captu
     with TrainingDisplay(Console(), tmp_path / "metrics.jsonl", "student", 1, 0, shown=False) as display:
         display.step(entry(1))
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (75, "1 min 15 s"),
-        (3599.7, "1 h 0 min"),
-        (100_000, "27 h 46 min"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -177,9 +177,6 @@ def test_text_cut_short_counts_as_absent(run: RunDirectory) -> None:
     assert found.num_steps == 0 and {"train", "evaluate"} <= set(found.missing)
 
 
-def test_columns_align() -> None:
-    lines = status.columns(("stage", "tokens"), [("web", "1,000"), ("written", "3")])
-    assert lines == ["stage    tokens", "web       1,000", "written       3"]
 
 
 def test_session_times_are_shown_in_local_time(run: RunDirectory) -> None:

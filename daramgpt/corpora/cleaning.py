@@ -14,12 +14,11 @@ from typing import Any
 from daramgpt.corpora.reading import Reading
 
 # C0 and C1 controls but tab and newlines, soft hyphen, zero-width space and direction marks, byte order mark,
-# lone surrogates (JSON escapes can make them), what an earlier tool failed to decode, and the two non-characters. Zero-width joiners stay: emoji need them.
+# lone surrogates (JSON escapes can make them), what an earlier tool failed to decode, and the two non-characters.
+# Zero-width joiners stay: emoji need them.
 _UNWANTED = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ud800-\udfff\ufffd-\uffff]"
 )
-
-
 _LOST = "\ufffd"
 _HIGH_BYTES = bytes(range(0x80, 0x100))
 _MOST_SPOILT = 0.1

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from daramgpt.corpora.archives import READ_FAULTS, Member, members, opened
+from daramgpt.corpora.brackets import mend_brackets
 from daramgpt.corpora.cleaning import clean_paragraphs
 from daramgpt.corpora.document import Document
 from daramgpt.corpora.reading import Item, Pending, Reading
-from daramgpt.corpora.wikitext import mend_brackets, plain_lines
+from daramgpt.corpora.wikitext import plain_lines
 
 # A fraction of a block, so that blocks come out near their size.
 _CHUNK_BYTES = 1 << 17

@@ -9,7 +9,7 @@ row of a stage is padded: its inputs by EOS, its labels by -100, which no loss c
 """
 
 from daramgpt.shards.feed import Feed
-from daramgpt.shards.preparation import prepare
+from daramgpt.shards.preparation import estimate_stages, prepare
 from daramgpt.shards.rows import Shards, StageInfo
 
-__all__ = ["Feed", "Shards", "StageInfo", "prepare"]
+__all__ = ["Feed", "Shards", "StageInfo", "estimate_stages", "prepare"]

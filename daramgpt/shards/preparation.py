@@ -31,6 +31,7 @@ from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, write_json
 from daramgpt.shards.encode import TOKENIZER_FILES, Encoder, token_dtype
+from daramgpt.shards.estimate import SAMPLE_TEXT_BYTES, estimate, table
 from daramgpt.shards.fingerprint import fingerprint, first_difference
 from daramgpt.shards.report import Pace, summary
 from daramgpt.shards.rows import FORMAT_VERSION, INDEX, TOKENIZER, read_index, stage_file
@@ -79,12 +80,29 @@ def prepare(
     with disk_full_is_the_users(partial.parent):
         progress = _progress(partial, wanted, say)
         _check_disk(recipe, corpora, encoder, partial, progress)
-        with Workers(_num_workers(recipe, corpora), tokenizer_dir, encoder) as workers:
+        num_workers = _num_workers(recipe, corpora)
+        with Workers(num_workers, tokenizer_dir, encoder) as workers:
             stages = _Preparation(recipe, corpora, encoder, workers, partial, context_tokens, progress, say).run()
         _finish(run, partial, stages, wanted, encoder, context_tokens, tokenizer_dir)
-    for line in summary(stages):
+    for line in summary(stages, read_index(run.shards)["files"]):
         say(line)
     return stages
+
+
+def estimate_stages(
+    recipe: Recipe, run: RunDirectory, tokenizer_dir: Path, context_tokens: int, say: Callable[[str], None]
+) -> None:
+    """Say what `prepare` would take, from the beginning of each corpus; nothing is written.
+
+    Raises:
+        UserError: a corpus or the tokenizer is missing or unusable.
+    """
+    corpora = find_corpora(recipe, corpus_dir(recipe, run))
+    encoder = Encoder(tokenizer_dir)
+    num_workers = _num_workers(recipe, corpora)
+    say(f"measured on the first {SAMPLE_TEXT_BYTES / 1e6:g} MB of each corpus, for {num_workers} processes:")
+    for line in table(estimate(recipe, corpora, encoder, context_tokens, num_workers)):
+        say(line)
 
 
 def _num_workers(recipe: Recipe, corpora: dict[str, Corpus]) -> int:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from daramgpt.text_table import aligned, duration
 
 _SECONDS_BETWEEN_LINES = 5.0
 _LINES_NAMED = 5
+_HEADINGS = (
+    *("stage", "corpus", "unit", "documents", "held-out", "units"),
+    *("text MB", "tokens", "bytes/token", "disk MB", "seconds", "MB/s"),
+)
+_SUMMED = ("documents", "heldout_documents", "units", "text_bytes", "tokens", "seconds")
 _LOW_SHARE = 0.999
 
 
@@ -45,8 +53,8 @@ class Pace:
         left = left_of_stage + sum(self._takes_bytes[self._finished_stages + 1 :])
         self._say(
             f"{self._stage}: {stage_bytes / 1e6:,.1f} of {self._takes_bytes[self._finished_stages] / 1e6:,.1f} MB, "
-            f"{rate / 1e6:.2f} MB/s, done in {_duration(left_of_stage / rate)}, "
-            f"all stages in {_duration(left / rate)} at most"
+            f"{rate / 1e6:.2f} MB/s, done in {duration(left_of_stage / rate)}, "
+            f"all stages in {duration(left / rate)} at most"
         )
 
     def end(self, info: dict[str, Any]) -> None:
@@ -62,33 +70,27 @@ class Pace:
             self._say(f"warning: stage {info['name']} has no held-out text, nothing can be measured on it")
 
 
-def summary(stages: list[dict[str, Any]]) -> list[str]:
-    """A table of the stages, the counts of the cleaning rules, and the faults, as lines."""
-    head = ("stage", "corpus", "unit", "documents", "units", "text MB", "tokens", "bytes/token", "held-out", "MB/s")
+def summary(stages: list[dict[str, Any]], files: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of the stages, and for each what cleaning did and what was at fault, as lines.
+
+    Args:
+        files: of the shards, by name, with their ``bytes``.
+    """
     rows = [
         (
             stage["name"],
             stage["corpus"],
             stage["unit"],
-            f"{stage['documents']:,}",
-            f"{stage['units']:,}",
-            f"{stage['text_bytes'] / 1e6:,.2f}",
-            f"{stage['tokens']:,}",
-            f"{stage['bytes_per_token']:.2f}",
-            f"{stage['heldout_documents']:,}",
-            f"{stage['text_bytes'] / 1e6 / max(stage['seconds'], 1e-9):.2f}",
+            *_figures(stage, sum(file["bytes"] for name, file in files.items() if name[3:].startswith(stage["name"]))),
         )
         for stage in stages
     ]
-    num_names = 3
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < num_names else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
+    total = Counter[str]()
+    for stage in stages:
+        total.update({key: stage[key] for key in _SUMMED})
+    if len(stages) > 1:
+        rows.append(("all", "", "", *_figures(total, sum(file["bytes"] for file in files.values()))))
+    lines = aligned([_HEADINGS, *rows], num_left=3)
     for stage in stages:
         counts = sorted(stage["cleaned"].items(), key=lambda item: (-item[1], item[0]))
         lines += [f"{stage['name']}: {rule}: {count:,}" for rule, count in counts]
@@ -103,7 +105,15 @@ def summary(stages: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+def _figures(counts: Mapping[str, Any], disk_bytes: int) -> tuple[str, ...]:
+    return (
+        f"{counts['documents']:,}",
+        f"{counts['heldout_documents']:,}",
+        f"{counts['units']:,}",
+        f"{counts['text_bytes'] / 1e6:,.2f}",
+        f"{counts['tokens']:,}",
+        f"{counts['text_bytes'] / counts['tokens']:.2f}",
+        f"{disk_bytes / 1e6:,.2f}",
+        f"{counts['seconds']:,.1f}",
+        f"{counts['text_bytes'] / 1e6 / max(counts['seconds'], 1e-9):.2f}",
+    )
