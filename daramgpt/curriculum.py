@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from daramgpt import corpora
 from daramgpt.corpora import Corpus, Document, ReadReport
 from daramgpt.corpora.hub import HubDataset
+from daramgpt.corpora.kiwi import split_sentences_kiwi
 from daramgpt.recipe import Recipe, Stage
 from daramgpt.run_directory import RunDirectory
 
@@ -33,7 +34,7 @@ HELDOUT_BYTES = 2_000_000
 # Far beyond any sentence or paragraph: what is longer is cut at white space, lest a tokenizer be given a whole book.
 LONGEST_UNIT_CHARACTERS = 50_000
 
-SPLITTERS = {"rules": corpora.split_sentences}
+SPLITTERS = {"rules": corpora.split_sentences, "kiwi": split_sentences_kiwi}
 
 
 def corpus_dir(recipe: Recipe, run: RunDirectory) -> Path:

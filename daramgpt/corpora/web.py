@@ -29,8 +29,10 @@ _COPYRIGHT = re.compile(
     r"|< ?저작권자[^<>\n]{0,80}>\.?"
 )
 _RELATED = re.compile(r"^[^\w\n]*관련 ?기사 ?(?:[:▶☞\])>].*)?\.?$", re.MULTILINE)
+_EMAIL_MASK = "(이메일)"
 _EMAIL = re.compile(r" ?(?:\(이름\) ?기자 ?)?[\w.*+-]*@?\(이메일\)")
-_MASK = re.compile(r" ?\((?:이름|이메일|전화번호|주민등록번호|계좌번호|카드번호)\)")
+_MASKS = ("(이름)", "(전화번호)", "(주민등록번호)", "(계좌번호)", "(카드번호)")
+_MASK = re.compile(rf" ?(?:{'|'.join(map(re.escape, _MASKS))})")
 _DOUBLED_STOP = re.compile(r"\.\.(?<=다..)$", re.MULTILINE)
 _RAW_SEPARATOR = re.compile(r"\s+\.\s+\.\s+")
 _RAW_END = re.compile(r"\s+\.\s*$")
@@ -115,10 +117,12 @@ def _clean_sentences(reading: Reading, sentences: list[str]) -> tuple[str, ...]:
     if "기사" in text:
         text, times = _RELATED.subn("", text)
         reading.count("related-articles line removed", times)
-    if "(이" in text or "번호)" in text:
-        text, num_emails = _EMAIL.subn("", text)
-        text, num_masks = _MASK.subn("", text)
-        reading.count("mask removed", num_emails + num_masks)
+    if _EMAIL_MASK in text:
+        text, times = _EMAIL.subn("", text)
+        reading.count("mask removed", times)
+    if any(mask in text for mask in _MASKS):
+        text, times = _MASK.subn("", text)
+        reading.count("mask removed", times)
     text, times = part_glued(text)
     reading.count("glued sentences parted", times)
     text, times = _DOUBLED_STOP.subn(".", text)
