@@ -133,6 +133,8 @@ def _make_corpus(recipe: Recipe, run: RunDirectory, console: Console) -> None:
         if not Path(recipe.corpus.dir).is_dir():
             raise UserError(f"--corpus: there is no folder {recipe.corpus.dir}", "give the folder of your corpora")
         return
+    if not recipe.reads_files():
+        return
     if recipe.corpus.made_megabytes is None:
         raise UserError(f"recipe {recipe.name} reads corpora, and no folder is given", "add --corpus DIR")
     from daramgpt import quickstart

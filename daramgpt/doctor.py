@@ -212,7 +212,7 @@ def _teacher(recipe: Recipe, machine: Machine) -> Iterator[Check]:
 
 
 def _corpora(recipe: Recipe) -> Iterator[Check]:
-    if recipe.corpus.dir is None:
+    if recipe.corpus.dir is None and recipe.reads_files():
         if recipe.corpus.made_megabytes is None:
             yield Check("corpus", "blocked", "no corpus folder is given; add --corpus DIR")
         else:
@@ -221,7 +221,7 @@ def _corpora(recipe: Recipe) -> Iterator[Check]:
     from daramgpt.curriculum import find_corpora
 
     try:
-        corpora = find_corpora(recipe, Path(recipe.corpus.dir).expanduser())
+        corpora = find_corpora(recipe, Path(recipe.corpus.dir or "").expanduser())
     except UserError as error:
         yield Check("corpus", "blocked", str(error))
         return

@@ -91,6 +91,9 @@ class Curriculum(Section):
     scale: float = Field(1.0, gt=0, description="shrinks the take of every stage alike")
     context_tokens: int = Field(1024, ge=8, description="tokens in a row; at most the teacher's positions")
     order: Literal["as-read", "shuffled"] = Field("as-read", description="of the rows within a stage")
+    attention: Literal["causal", "document"] = Field(
+        "causal", description="document: no attention across the texts that share a row, positions restart"
+    )
     passes: int = Field(1, ge=1, description="times the whole curriculum is gone through")
     heldout_fraction: float = Field(0.005, ge=0, lt=0.5, description="documents never trained on, by hash of their id")
     heldout_documents: int = Field(4, ge=0, description="held-out documents a stage has at least, if the corpus allows")
@@ -228,6 +231,10 @@ class Recipe(Section):
         if self.teacher is None:
             raise ValueError("there is no [teacher]; give teacher.model, or [teacher.train]")
         return self
+
+    def reads_files(self) -> bool:
+        """Whether any corpus is read from the folder; data sets are not."""
+        return any(stage.corpus not in self.corpus.datasets for stage in self.curriculum.stages)
 
     def teacher_part(self) -> Recipe:
         """The run in ``parts/teacher``: the teacher of this recipe, trained by plain cross-entropy."""

@@ -12,7 +12,8 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from daramgpt.corpora import Document, ReadReport, detect, find, read
+from daramgpt.corpora import Corpus, Document, ReadReport, blocks, detect, find, parse, read
+from daramgpt.corpora.hub import HubDataset
 from daramgpt.corpora.reading import Reading
 from daramgpt.corpora.repeats import RepeatTable, text_digest
 from daramgpt.corpora.wikitext import plain_lines
@@ -455,3 +456,59 @@ def test_sample_corpora(name: str, num_documents: int, num_faults: int) -> None:
         assert "<ref" not in everything
         assert "|}" not in everything
         assert everything.count("[[") == report.cleaned["double brackets kept as text"]
+
+
+# Data sets
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    texts = [f"글 {number}번(, 1924년 ~ )이다.\n둘째 문단이다." for number in range(1000)]
+    table = {"id": list(range(1000)), "body": [*texts[:-1], None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "train-00000.parquet")
+    return folder
+
+
+def test_data_set_streams(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daramgpt.corpora.reading.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("daramgpt.corpora.hub.BLOCK_BYTES", 5000)
+    corpus = Corpus("wiki", "datasets", [], HubDataset(str(dataset), text_field="body"))
+    report = ReadReport()
+    documents = list(read(corpus, report))
+    assert [document.id for document in documents] == [str(number) for number in range(999)]
+    assert documents[7].paragraphs == (("글 7번(1924년 ~)이다.",), ("둘째 문단이다.",))
+    assert len(report.faults) == 1 and "row 999" in report.faults[0]
+    # Reading can begin at any block.
+    later = [document for block in blocks(corpus, skip=3) for document in parse(block)[0]]
+    assert 0 < len(later) < 999 and later == documents[-len(later) :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"text_field": "x"}, "no column 'x'"), ({"split": "x"}, "Bad split"), ({"path": "none/there/at-all"}, "at-all")],
+)
+def test_data_set_that_is_not_there(changes: dict[str, str], words: str, dataset: Path) -> None:
+    hub = HubDataset(**{"path": str(dataset), "text_field": "body", **changes})
+    with pytest.raises(UserError, match=words):
+        list(read(Corpus("news", "datasets", [], hub), ReadReport()))
+
+
+def test_a_corpus_of_any_name_is_known_by_its_data(tmp_path: Path) -> None:
+    for name, file, text in (
+        ("news", "a.jsonl", '{"text": "소식이다."}'),
+        ("diary", "a.txt", "일기다."),
+        ("both", "a.txt", "글이다."),
+        ("both", "b.jsonl", '{"text": "줄이다."}'),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).write_text(text, encoding="utf-8")
+    assert [find(tmp_path, name).format for name in ("news", "diary")] == ["jsonl", "text"]
+    with pytest.raises(UserError, match=r"corpus\.formats\.both = one of jsonl, text"):
+        find(tmp_path, "both")
+    corpus = find(tmp_path, "both", "jsonl")
+    assert [path.name for path in corpus.paths] == ["b.jsonl"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from daramgpt.corpora.brackets import mend_brackets
 from daramgpt.corpora.document import Document
 from daramgpt.corpora.plain import text_paragraphs
 from daramgpt.corpora.reading import BLOCK_BYTES, Item, Pending, Reading
@@ -64,7 +65,11 @@ def parse_texts(reading: Reading, item: Item) -> Iterator[Document]:
     for row_id, text in item.data:
         if not isinstance(text, str):
             reading.fault(f"{item.label} row {row_id}", "holds no string")
-        elif document := reading.document(row_id, text_paragraphs(reading, text)):
+            continue
+        if reading.source == "wiki":
+            # The cleaned editions of Wikipedia keep the brackets that their cleaning emptied.
+            text = "\n".join(map(mend_brackets, text.split("\n")))
+        if document := reading.document(row_id, text_paragraphs(reading, text)):
             yield document
 
 

@@ -43,7 +43,10 @@ def fingerprint(
         keys[f"corpus.formats.{name}"] = corpus.format
         keys[f"corpus.splitters.{name}"] = recipe.corpus.splitters.get(name, "rules")
         if name in recipe.corpus.datasets:
-            keys[f"corpus.datasets.{name}"] = recipe.corpus.datasets[name].model_dump()
+            dataset = recipe.corpus.datasets[name]
+            keys[f"corpus.datasets.{name}"] = dataset.model_dump()
+            for path in sorted(path for path in Path(dataset.path).rglob("*") if path.is_file()):
+                keys[f"corpus.datasets.{name}: {path.relative_to(dataset.path)}"] = _description(path)
         for path in (part for first in corpus.paths for part in parts_of(first)):
             # Neither whole paths nor times: a corpus may be moved, copied, or mounted anew for each session.
             keys[f"corpus file {name}: {path.relative_to(folder)}"] = _description(path)
