@@ -55,6 +55,9 @@ def run(tmp_path: Path) -> RunDirectory:
             "text_bytes": 600_000,
             "tokens": 100_000,
             "heldout_text_bytes": 4_000,
+            "cleaned": {"repeated document dropped": 1234} if name == "wiki" else {},
+            "faults": [f"{name}.zip!<{number}>: is empty" for number in range(600 if name == "wiki" else 0)],
+            "notes": [],
         }
         for name in ("web-1", "wiki")
     ]
@@ -161,3 +164,10 @@ def test_report_imports_nothing_that_trains() -> None:
     heavy = "{'torch', 'transformers', 'deepspeed', 'bitsandbytes', 'rich'}"
     code = f"import sys, daramgpt.report; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_what_was_not_read_whole_is_named(run: RunDirectory) -> None:
+    text = written(run)
+    assert "repeated document dropped" in text and "1,234" in text
+    assert "Not read whole: 600" in text and "wiki: wiki.zip!&lt;499&gt;: is empty" in text
+    assert "100 more in shards/index.json" in text and "&lt;500&gt;" not in text

@@ -22,6 +22,8 @@ from daramgpt.report.page import facts, page, section, table, tiles
 from daramgpt.run_directory import RunDirectory, write_atomically
 
 Data = dict[str, Any]
+# Of a list that may be as long as the corpora are broken.
+MOST_LINES = 500
 
 
 def write(run: RunDirectory, say: Callable[[str], None]) -> None:
@@ -41,6 +43,7 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
         _head(name, state, found, evaluation),
         section("What was run", facts(_run_facts(recipe, plan, evaluation))),
         _curriculum(found, index),
+        _reading(index),
         _curves(run, index),
         _evaluation(evaluation),
         _samples(evaluation),
@@ -126,6 +129,24 @@ def _curriculum(found: status.Status, index: Data) -> str:
             ]
         )
     return section("Curriculum", table(cells))
+
+
+def _reading(index: Data) -> str:
+    """What cleaning did in each stage, and every file that was not read whole, by name."""
+    stages = index.get("stages", [])
+    rules = sorted({rule for stage in stages for rule in stage["cleaned"]})
+    cells = [
+        ["what the readers did", *(stage["name"] for stage in stages)],
+        *([rule, *(f"{stage['cleaned'].get(rule, 0):,}" for stage in stages)] for rule in rules),
+    ]
+    parts = [table(cells)] if rules else []
+    for kind, heading in (("faults", "Not read whole"), ("notes", "Read, with something to note")):
+        lines = [f"{stage['name']}: {line}" for stage in stages for line in stage.get(kind, ())]
+        if lines:
+            shown = escape("\n".join(lines[:MOST_LINES]))
+            more = f"\n… {len(lines) - MOST_LINES:,} more in shards/index.json" if len(lines) > MOST_LINES else ""
+            parts.append(f"<details><summary>{heading}: {len(lines):,}</summary><pre>{shown}{more}</pre></details>")
+    return section("Corpora", *parts) if parts else ""
 
 
 def _curves(run: RunDirectory, index: Data) -> str:
