@@ -123,15 +123,18 @@ class Encoder:
         dtype = token_dtype(self.vocab_size)
         token_ids = [np.empty(0, dtype)]
         unit_tokens: list[int] = []
-        unknown_bytes: list[int] = []
+        unknown_bytes = np.zeros(len(units), dtype=np.uint32)
         for batch in _batches(units):
             rules = [self._rules.get(unit[0]) for unit in batch]
             texts = [self._given(unit, rule) for unit, rule in zip(batch, rules, strict=True)]
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
-            token_ids.append(np.array(list(chain.from_iterable(ids)), dtype=dtype))
-            unit_tokens += map(len, ids)
-            unknown_bytes += map(self._unknown_bytes, texts, ids)
+            lengths = list(map(len, ids))
+            token_ids.append(np.fromiter(chain.from_iterable(ids), dtype=dtype, count=sum(lengths)))
+            if self._unknown_id is not None and (places := np.flatnonzero(token_ids[-1] == self._unknown_id)).size:
+                for unit in np.unique(np.searchsorted(np.cumsum(lengths), places, side="right")):
+                    unknown_bytes[len(unit_tokens) + unit] = self._unknown_bytes(texts[unit])
+            unit_tokens += lengths
         text_bytes = np.array([len(unit.encode()) for unit in units], dtype=np.uint32)
         separators = np.array([unit[0] in self._rules for unit in units], dtype=np.uint32)
         return Encoded(
@@ -139,7 +142,7 @@ class Encoder:
             np.array(unit_tokens, dtype=np.uint32),
             text_bytes,
             text_bytes - separators,
-            np.array(unknown_bytes, dtype=np.uint32),
+            unknown_bytes,
         )
 
     def _given(self, unit: str, rule: _Rule | None) -> str:
@@ -148,9 +151,7 @@ class Encoder:
         # A line feed that the tokenizer does not know is given to it as the space it is read as.
         return rule.text(unit if self.keeps_line_feeds or unit[0] != "\n" else " " + unit[1:])
 
-    def _unknown_bytes(self, text: str, ids: list[int]) -> int:
-        if self._unknown_id is None or self._unknown_id not in ids:
-            return 0
+    def _unknown_bytes(self, text: str) -> int:
         encoding: Encoding = self.tokenizer.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return sum(len(text[start:end].encode()) for token, (start, end) in spans if token == self._unknown_id)
