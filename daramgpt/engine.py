@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from daramgpt.attention import Documents
 from daramgpt.errors import UserError
 from daramgpt.losses import DistillationHead
 from daramgpt.recipe import Loss, Optimizer
@@ -56,9 +57,14 @@ class DistillationModel(nn.Module):
         teacher_hidden: torch.Tensor | None = None,
         teacher_weight: torch.Tensor | None = None,
         teacher_bias: torch.Tensor | None = None,
+        **model_inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, T] ids and labels → sums over the target tokens, in nats: loss, kd (with T²), ce."""
-        hidden_BTD = self.transformer(input_ids, use_cache=False).last_hidden_state
+        """[B, T] ids and labels → sums over the target tokens, in nats: loss, kd (with T²), ce.
+
+        Args:
+            model_inputs: mask and positions, as from `Documents.model_inputs`; none looks across documents.
+        """
+        hidden_BTD = self.transformer(input_ids, use_cache=False, **model_inputs).last_hidden_state
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)
         return self.head(hidden_BTD.flatten(0, 1), labels.flatten(), teacher_hidden, teacher_weight, teacher_bias)
@@ -92,6 +98,7 @@ class Distiller:
         chunk_tokens: tokens the loss takes at a time.
         teacher: None trains by plain cross-entropy.
         log: file that takes what DeepSpeed prints.
+        document_start_id: token that begins a document, where no model is to look across documents; None lets them.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -108,11 +115,12 @@ class Distiller:
         chunk_tokens: int,
         teacher: Teacher | None,
         log: Path,
+        document_start_id: int | None = None,
     ) -> None:
         deepspeed = import_deepspeed(log)
         _single_process_environment()
         deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
-        self.teacher = teacher
+        self.teacher, self.document_start_id = teacher, document_start_id
         self.module = DistillationModel(student, loss, chunk_tokens)
         self.clip_norm = optimizer.clip_norm
         config = {
@@ -132,7 +140,7 @@ class Distiller:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"engine.ds_config: DeepSpeed refuses it: {reason}", "correct it or use another") from error
         self._create_optimizer_state()
-        self.device = self.engine.device
+        self.device, self.dtype = self.engine.device, next(self.module.parameters()).dtype
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.is_first = self.rank == 0
 
@@ -151,13 +159,17 @@ class Distiller:
         sums = torch.zeros(2, device=self.device)
         for input_ids, labels in batches:
             input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-            teacher = self.teacher
+            teacher, documents, model_inputs = self.teacher, None, {}
+            if self.document_start_id is not None:
+                documents = Documents(input_ids, self.document_start_id)
+                model_inputs = documents.model_inputs(self.dtype)
             loss_sum, kd_sum, ce_sum = self.engine(
                 input_ids,
                 labels,
-                teacher.hidden_states(input_ids) if teacher else None,
+                teacher.hidden_states(input_ids, documents) if teacher else None,
                 teacher.head_weight if teacher else None,
                 teacher.head_bias if teacher else None,
+                **model_inputs,
             )
             # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
             self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)

@@ -25,6 +25,8 @@ from daramgpt.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from daramgpt.attention import Documents
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EIGHT_BIT = ("int8", "llm-int8")
 
@@ -52,9 +54,27 @@ class Teacher:
     max_positions: int
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] token ids → [B, T, D] hidden states after the last norm."""
-        return self.model.base_model(input_ids, use_cache=False).last_hidden_state
+    def hidden_states(self, input_ids: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        """[B, T] token ids → [B, T, D] hidden states after the last norm.
+
+        Args:
+            documents: of these rows, where each is to be seen alone; None looks across them.
+        """
+        inputs = {} if documents is None else documents.model_inputs(self.head_weight.dtype)
+        return self.model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
+
+    def check_documents(self, context_tokens: int) -> None:
+        """Refuse a teacher that cannot be shown documents one by one in rows of this length.
+
+        Raises:
+            UserError: its own attention has a window, which a mask of documents would take the place of.
+        """
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is not None and window < context_tokens:
+            raise UserError(
+                f'curriculum.attention: "document" is not possible with a teacher that sees {window} tokens back',
+                f'use "causal", or curriculum.context_tokens of at most {window}',
+            )
 
 
 def resolve(model: str, revision: str | None = None) -> Path:

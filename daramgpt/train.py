@@ -125,7 +125,8 @@ def train(
         ``done``, ``deadline`` or ``interrupted``; a checkpoint of the last step stands in each case.
 
     Raises:
-        UserError: the loss is not finite, no checkpoint verifies, the disk is full, DeepSpeed refuses its config.
+        UserError: the loss is not finite, no checkpoint verifies, the disk is full, DeepSpeed refuses its config, the
+            teacher cannot be shown documents one by one.
     """
     torch.set_num_threads(plan["num_threads"])
     torch.manual_seed(recipe.seed)
@@ -138,6 +139,11 @@ def train(
     if saved:
         console(f"{label}: goes on from step {position['step']:,} of {num_steps:,} ({saved.path.name})")
         model.load_state_dict(saved.weights(), strict=False)
+    document_start_id = None
+    if recipe.curriculum.attention == "document":
+        document_start_id = shards.eos_token_id
+        if teacher is not None:
+            teacher.check_documents(shards.context_tokens)
     world_size: int = plan["world_size"]
     distiller = Distiller(
         model,
@@ -149,6 +155,7 @@ def train(
         plan["loss_chunk_tokens"],
         teacher,
         run.log,
+        document_start_id,
     )
     if saved:
         tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}

@@ -15,7 +15,7 @@ from daramgpt.losses import distillation_loss_reference
 from daramgpt.recipe import Loss, Optimizer, Shape
 from daramgpt.teacher import Teacher
 
-VOCAB, CONTEXT, ROWS, MICRO = 61, 12, 4, 2
+VOCAB, CONTEXT, ROWS, MICRO, EOS = 61, 12, 4, 2, 0
 SHAPE = Shape(n_embd=16, n_head=2, n_layer=2)
 LOSS = Loss(temperature=2.0, kd_weight=1.0, ce_weight=0.1)
 OPTIMIZER = Optimizer(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.1)
@@ -32,12 +32,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_student() -> Any:
-    return student.build(SHAPE, VOCAB, CONTEXT, eos_token_id=0, seed=1)
+    return student.build(SHAPE, VOCAB, CONTEXT, EOS, seed=1)
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    model = student.build(Shape(n_embd=24, n_head=2, n_layer=1), VOCAB, CONTEXT, eos_token_id=0, seed=2)
+    model = student.build(Shape(n_embd=24, n_head=2, n_layer=1), VOCAB, CONTEXT, EOS, seed=2)
     model.eval().requires_grad_(False)
     # Sharper than a random model's nearly uniform distribution, so that the KL has something to teach.
     model.lm_head.weight.mul_(8)
@@ -47,6 +47,7 @@ def teacher() -> Teacher:
 def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * step + micro)
     tokens = torch.randint(0, VOCAB, (ROWS // MICRO, CONTEXT + 1), generator=generator)
+    tokens[tokens % 5 == 0] = EOS
     labels = tokens[:, 1:].clone()
     # Micro-batches of unequal weight: what a mean of means gets wrong.
     labels[0, : 5 * micro] = -100
@@ -61,13 +62,31 @@ def batches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return (batch(step, micro) for micro in range(MICRO))
 
 
-def make_distiller(config: str, teacher: Teacher | None, log: Path, model: Any = None) -> Distiller:
-    return Distiller(model or make_student(), LOSS, OPTIMIZER, CONFIGS[config], ROWS // MICRO, MICRO, 7, teacher, log)
+def documents(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents of a step, each a row of its own length."""
+    for input_ids, labels in batches(step):
+        for row, targets in zip(input_ids, labels, strict=True):
+            starts = [place for place in range(1, CONTEXT) if row[place] == EOS]
+            for piece in zip(row.tensor_split(starts), targets.tensor_split(starts), strict=True):
+                yield piece[0][None], piece[1][None]
+
+
+def make_distiller(
+    config: str, teacher: Teacher | None, log: Path, model: Any = None, document_start_id: int | None = None
+) -> Distiller:
+    rows, student_model = ROWS // MICRO, model or make_student()
+    return Distiller(student_model, LOSS, OPTIMIZER, CONFIGS[config], rows, MICRO, 7, teacher, log, document_start_id)
+
+
+@pytest.fixture(scope="module", params=[None, EOS], ids=["across-documents", "within-documents"])
+def document_start_id(request: pytest.FixtureRequest) -> int | None:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def plain_losses(teacher: Teacher) -> list[float]:
-    """Losses of the same steps by transformers, torch's AdamW and the plain loss."""
+def plain_losses(teacher: Teacher, document_start_id: int | None) -> list[float]:
+    """Losses of the same steps by transformers, torch's AdamW and the plain loss; documents are passed one by one."""
+    parts = batches if document_start_id is None else documents
     model = make_student()
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -81,7 +100,7 @@ def plain_losses(teacher: Teacher) -> list[float]:
     for step in range(5):
         adam.zero_grad()
         total = torch.zeros(())
-        for input_ids, labels in batches(step):
+        for input_ids, labels in parts(step):
             teacher_logits = teacher.hidden_states(input_ids) @ teacher.head_weight.T
             kd, ce = distillation_loss_reference(
                 model(input_ids).logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten(), LOSS.temperature
@@ -101,8 +120,10 @@ def run_steps(distiller: Distiller, first: int, last: int) -> list[float]:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_losses_equal_a_plain_loop(config: str, teacher: Teacher, plain_losses: list[float], tmp_path: Path) -> None:
-    distiller = make_distiller(config, teacher, tmp_path / "log.txt")
+def test_losses_equal_a_plain_loop(
+    config: str, teacher: Teacher, document_start_id: int | None, plain_losses: list[float], tmp_path: Path
+) -> None:
+    distiller = make_distiller(config, teacher, tmp_path / "log.txt", document_start_id=document_start_id)
     losses = run_steps(distiller, 0, 5)
     distiller.close()
     assert losses == pytest.approx(plain_losses, rel=1e-5)

@@ -55,11 +55,18 @@ def text() -> FakeText:
     return FakeText({"web": [batch(1), batch(2, padded=5)], "empty": [], "wiki": [batch(3, rows=3)]})
 
 
-def logits(model: GPT2LMHeadModel, text: FakeText, stages: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, V] and targets [N] of all target tokens, made whole."""
+def logits(
+    model: GPT2LMHeadModel, text: FakeText, stages: tuple[str, ...], cuts: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] and targets [N] of all target tokens, made whole; rows cut at `cuts` are passed piece by piece."""
     batches = [one for stage in stages for one in text.batches[stage]]
     with torch.no_grad():
-        whole = torch.cat([model(ids).logits.flatten(0, 1) for ids, _, _ in batches])
+        whole = torch.cat(
+            [
+                torch.cat([model(piece).logits for piece in ids.tensor_split(cuts, dim=1)], dim=1).flatten(0, 1)
+                for ids, _, _ in batches
+            ]
+        )
     targets = torch.cat([labels.flatten() for _, labels, _ in batches])
     return whole[targets != -100].double(), targets[targets != -100]
 
@@ -95,6 +102,23 @@ def test_closeness_is_to_the_teacher_and_exact_for_itself(text: FakeText, monkey
     assert (found["teacher"].kl_to_teacher, found["teacher"].top1_agreement) == (0.0, 1.0)
     alone = held_out.measure(held_out.CausalModel(small), text, stages, 10**6, teacher_model)
     assert alone.kl_to_teacher == found["small"].kl_to_teacher
+
+
+def test_within_documents_is_measured_what_each_document_alone_would_give(text: FakeText) -> None:
+    begins, cuts, stages = 7, (3, 4, 9), ("web", "wiki")
+    for ids, _, _ in (one for stage in stages for one in text.batches[stage]):
+        ids[ids == begins] = begins + 1
+        ids[:, cuts] = begins
+    teacher, small = build(0, width=24), build(1)
+    teacher_model, small_model = held_out.CausalModel(teacher), held_out.CausalModel(small)
+    measured = held_out.measure(small_model, text, stages, 10**6, teacher_model, begins)
+    (p, targets), (q, _) = logits(teacher, text, stages, cuts), logits(small, text, stages, cuts)
+    nats = float(F.cross_entropy(q, targets, reduction="sum"))
+    assert measured.bits_per_byte["all"] == pytest.approx(nats / math.log(2) / 117, rel=1e-5)
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+    assert measured.kl_to_teacher == pytest.approx(float(kl), rel=1e-4)
+    across = held_out.measure(small_model, text, stages, 10**6)
+    assert across.bits_per_byte["all"] != pytest.approx(nats / math.log(2) / 117, rel=1e-3)
 
 
 def test_a_limit_stops_between_batches(text: FakeText) -> None:

@@ -10,15 +10,30 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "daramgpt"
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(("errors", "run_directory", "recipe", "hardware", "ds_config", "ledger", "results_table", "text_table"), 0),
-    **dict.fromkeys(("bootstrap", "corpora", "losses", "teacher", "student", "progress", "quickstart", "generate"), 1),
+    **dict.fromkeys(
+        ("errors", "run_directory", "recipe", "hardware", "ds_config", "ledger", "results_table", "text_table"), 0
+    ),
+    **dict.fromkeys(
+        ("attention", "bootstrap", "corpora", "losses", "teacher", "student", "progress", "quickstart", "generate"), 1
+    ),
     **dict.fromkeys(("curriculum", "tokenizer", "engine"), 2),
     **dict.fromkeys(("shards", "checkpoint", "planner"), 3),
     **dict.fromkeys(("train", "status", "model_card", "export", "evaluation", "report", "doctor"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 # Inside one layer these may be imported by the others of it: they are the layer's own ground floor.
-GROUND_FLOOR = {"errors", "text_table", "run_directory", "ledger", "model_card", "status", "export", "commands", "cli", "checkpoint"}
+GROUND_FLOOR = {
+    "errors",
+    "text_table",
+    "run_directory",
+    "ledger",
+    "model_card",
+    "status",
+    "export",
+    "commands",
+    "cli",
+    "checkpoint",
+}
 ONLY_IMPORTERS = {
     "bitsandbytes": {"teacher", "engine"},
     "deepspeed": {"engine"},

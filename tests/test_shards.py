@@ -307,6 +307,32 @@ def test_killed_and_started_again_gives_the_same_shards(
     assert again <= len(calls) - (fatal_call - 1) + 2
 
 
+@pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.parametrize("fatal_note", [1, 2, 3])
+def test_killed_where_a_stage_ends(
+    fatal_note: int, is_written: bool, tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run, whole = make_recipe(corpora), RunDirectory(corpora.parent / "run"), RunDirectory(corpora.parent / "o")
+    note, notes = preparation.write_json, list[Path]()
+
+    def fatal(path: Path, data: Any) -> None:
+        if path.name == "progress.json":
+            notes.append(path)
+            if len(notes) == fatal_note:
+                if is_written:
+                    note(path, data)
+                raise KeyboardInterrupt
+        note(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "write_json", fatal)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    for each in (run, whole):
+        prepare(recipe, each, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    assert whole_directory(run.shards) == whole_directory(whole.shards)
+
+
 def test_the_number_of_processes_does_not_matter(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     folder = write_corpora(tmp_path / "corpora", 8000)
     directories = []

@@ -177,8 +177,6 @@ def test_text_cut_short_counts_as_absent(run: RunDirectory) -> None:
     assert found.num_steps == 0 and {"train", "evaluate"} <= set(found.missing)
 
 
-
-
 def test_session_times_are_shown_in_local_time(run: RunDirectory) -> None:
     session(run, 0, 5, "deadline")
     assert time.strftime("%Y-%m-%d") in "\n".join(status.lines(status.read(run), run))

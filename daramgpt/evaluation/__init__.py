@@ -101,7 +101,15 @@ def _measure(
             )
     stages = [stage.name for stage in shards.stages]
     say(f"evaluation: {', '.join(models)} on the held-out text of {len(stages)} stages")
-    measured = compare(models, shards, stages, recipe.evaluation.heldout_tokens, teachers.get(TEACHER))
+    measured = compare(
+        models,
+        shards,
+        stages,
+        recipe.evaluation.heldout_tokens,
+        teachers.get(TEACHER),
+        # Models are measured on rows that look to them as those they were trained on.
+        document_start_id=shards.eos_token_id if recipe.curriculum.attention == "document" else None,
+    )
     samples = continuations(
         writers,
         AutoTokenizer.from_pretrained(shards.tokenizer_dir),

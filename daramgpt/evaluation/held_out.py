@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional as F
 
+from daramgpt.attention import Documents
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,7 +41,7 @@ class Model(Protocol):
     @property
     def head_bias(self) -> torch.Tensor | None: ...
 
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+    def hidden_states(self, input_ids: torch.Tensor, documents: Documents | None = None) -> torch.Tensor: ...
 
 
 class HeldOutText(Protocol):
@@ -64,9 +66,10 @@ class CausalModel:
         """[V], or None."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
-    def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] token ids → [B, T, D] after the last norm."""
-        return self.model.base_model(input_ids, use_cache=False).last_hidden_state
+    def hidden_states(self, input_ids: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+        """[B, T] token ids → [B, T, D] after the last norm; `documents`, where given, are each seen alone."""
+        inputs = {} if documents is None else documents.model_inputs(self.head_weight.dtype)
+        return self.model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +103,15 @@ class _Sums:
 
 
 def measure(
-    model: Model, shards: HeldOutText, stages: Iterable[str], max_tokens: int, teacher: Model | None = None
+    model: Model,
+    shards: HeldOutText,
+    stages: Iterable[str],
+    max_tokens: int,
+    teacher: Model | None = None,
+    document_start_id: int | None = None,
 ) -> Measured:
     """`compare` for one model."""
-    return compare({"model": model}, shards, stages, max_tokens, teacher)["model"]
+    return compare({"model": model}, shards, stages, max_tokens, teacher, document_start_id)["model"]
 
 
 @torch.inference_mode()
@@ -113,6 +121,7 @@ def compare(
     stages: Iterable[str],
     max_tokens: int,
     teacher: Model | None = None,
+    document_start_id: int | None = None,
 ) -> dict[str, Measured]:
     """Measure models side by side on the held-out text of every stage.
 
@@ -123,6 +132,7 @@ def compare(
         max_tokens: no further batch of a stage is begun when this many were measured; batches are never cut, so that
             bytes and tokens stay those of the same text.
         teacher: what KL and agreement refer to; it may be one of `models` and is then run once.
+        document_start_id: token that begins a document, where no model is to look across documents; None lets them.
     """
     stages = list(stages)
     runners = dict(models)
@@ -141,7 +151,9 @@ def compare(
         for input_ids, labels, text_bytes in shards.heldout(stage):
             if counted["tokens"] >= max_tokens:
                 break
-            counted["tokens"] += _measure_batch(runners, heads, sums, stage, input_ids, labels, teacher_name)
+            counted["tokens"] += _measure_batch(
+                runners, heads, sums, stage, input_ids, labels, teacher_name, document_start_id
+            )
             counted["text_bytes"] += int(text_bytes)
     return {name: _result(sums[name], text, teacher_name is not None) for name in models}
 
@@ -154,16 +166,20 @@ def _measure_batch(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     teacher_name: str | None,
+    document_start_id: int | None,
 ) -> int:
     """Add one batch to the sums; returns its number of target tokens."""
     is_target = (labels != IGNORED).flatten()
     targets_N = labels.flatten()[is_target]
     hidden_ND: dict[str, torch.Tensor] = {}
+    documents: dict[torch.device, Documents] = {}
     seconds: dict[str, float] = {}
     for name, model in runners.items():
         device = heads[name][0].device
+        if document_start_id is not None and device not in documents:
+            documents[device] = Documents(input_ids.to(device), document_start_id)
         began = _now(device)
-        hidden = model.hidden_states(input_ids.to(device)).flatten(0, 1)
+        hidden = model.hidden_states(input_ids.to(device), documents.get(device)).flatten(0, 1)
         hidden_ND[name] = hidden[is_target.to(device)].float()
         seconds[name] = _now(device) - began
     num_targets = targets_N.numel()

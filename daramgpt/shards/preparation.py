@@ -129,6 +129,7 @@ def _is_finished(run: RunDirectory, wanted: dict[str, Any]) -> bool:
             f"{run.shards} was made with another {difference}",
             f"remove {run.shards}, or use another run directory with --run",
         )
+    _tidy(run)
     return True
 
 
@@ -207,11 +208,13 @@ class _Preparation:
             self._finished.append(self._write_stage(number))
             corpus = self._recipe.curriculum.stages[number].corpus
             if is_last_of_corpus(self._recipe, number):
-                self._sources.pop(corpus).close()
                 self._states.pop(corpus, None)
+                self._save(None)
+                # Only now: what is noted before still asks for its files.
+                self._sources.pop(corpus).close()
             else:
                 self._states[corpus] = self._sources[corpus].save()
-            self._save(None)
+                self._save(None)
         return self._finished
 
     def _write_stage(self, number: int) -> dict[str, Any]:
@@ -337,5 +340,10 @@ def _finish(
     }
     write_json(partial / INDEX, index)
     partial.replace(run.shards)
-    for name in (_PROGRESS, _FINGERPRINT):
-        (run.shards / name).unlink(missing_ok=True)
+    _tidy(run)
+
+
+def _tidy(run: RunDirectory) -> None:
+    """Finished shards without what only an unfinished prepare needs."""
+    for path in (run.shards / _PROGRESS, run.shards / _FINGERPRINT, *run.shards.glob("*.digests")):
+        path.unlink(missing_ok=True)
