@@ -20,14 +20,16 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from daramgpt import corpora
 from daramgpt.corpora import Corpus, Document, ReadReport
 from daramgpt.corpora.hub import HubDataset
 from daramgpt.corpora.kiwi import split_sentences_kiwi
-from daramgpt.recipe import Recipe, Stage
 from daramgpt.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from daramgpt.recipe import Recipe, Stage
 
 READ_AHEAD_BYTES = 8_000_000
 HELDOUT_BYTES = 2_000_000

@@ -188,6 +188,30 @@ def test_any_text_survives(kind: str, tokenizers: dict[str, Path], documents: li
     assert texts_of(np.array(tokens), encoder.tokenizer, encoder.eos_token_id) == wanted
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("가나다 ..▲▁😀<s/>0xA1\u0301", min_size=1, max_size=12), min_size=1, max_size=12), st.data())
+def test_units_joined_give_the_tokens_of_units_apart(
+    tokenizers: dict[str, Path], texts: list[str], data: st.DataObject
+) -> None:
+    encoder = Encoder(tokenizers["metaspace"])
+    separators = data.draw(st.lists(st.sampled_from(["", " ", "\n"]), min_size=len(texts), max_size=len(texts)))
+    units = [separator + (text.strip() or "끝") for separator, text in zip(separators, texts, strict=True)]
+    rules = [encoder._rules.get(unit[0]) for unit in units]
+    ids, lengths = encoder._encode_apart(units, rules)
+    joined = encoder._encode_joined(units, rules)
+    # A text that holds the mark itself cannot be told apart from its words, and is not tried to be.
+    assert (joined is None) == any("▁" in text for text in texts)
+    if joined is not None:
+        assert joined[0].tolist() == ids.tolist() and joined[1].tolist() == lengths.tolist()
+    encoded = encoder.encode(units)
+    assert encoded.token_ids.tolist() == ids.tolist() and encoded.unit_tokens.tolist() == lengths.tolist()
+
+
+def test_only_tokenizers_of_words_are_given_joined_units(tokenizers: dict[str, Path]) -> None:
+    joins = {kind: Encoder(tokenizers[kind])._begins_word is not None for kind in KINDS}
+    assert joins == {"metaspace": True, "byte-level": False, "prepending": False}
+
+
 def test_bytes_are_credited_to_the_row_that_predicts_the_last_token(
     tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,8 @@ from tokenizers import Encoding, Tokenizer
 from daramgpt.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_BATCH_CHARACTERS = 200_000
+_BATCH_CHARACTERS = 600_000
+_Tokens = tuple[NDArray[Any], NDArray[np.uint32]]
 _PROBES = (("첫째 문장입니다.", "둘째 문장이다."), ("가나", "다. 라"), ("in 1997", "K리그"))
 
 
@@ -75,6 +76,10 @@ class _Rule:
     dropped_first: int | None = None
     put_before: tuple[int, ...] = ()
 
+    @property
+    def changes_tokens(self) -> bool:
+        return self.dropped_first is not None or bool(self.put_before)
+
     def text(self, unit: str) -> str:
         return unit if self.keeps_separator else unit[1:]
 
@@ -111,6 +116,8 @@ class Encoder:
         # Ids may have gaps, so their number says too little.
         self.vocab_size: int = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_token_id = _eos_token_id(tokenizer_dir, self.tokenizer)
+        self._dtype = token_dtype(self.vocab_size)
+        self._begins_word = _begins_word(self.tokenizer, self.vocab_size)
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         self._unknown_id: int | None = self.tokenizer.token_to_id(unknown) if unknown else None
         line_feed, space = self._find_rule("\n"), self._find_rule(" ")
@@ -120,32 +127,59 @@ class Encoder:
 
     def encode(self, units: list[str]) -> Encoded:
         """Tokens of units, each with its separator before it."""
-        dtype = token_dtype(self.vocab_size)
-        token_ids = [np.empty(0, dtype)]
-        unit_tokens: list[int] = []
-        unknown_bytes = np.zeros(len(units), dtype=np.uint32)
+        token_ids, unit_tokens = [np.empty(0, self._dtype)], [np.empty(0, np.uint32)]
         for batch in _batches(units):
             rules = [self._rules.get(unit[0]) for unit in batch]
-            texts = [self._given(unit, rule) for unit, rule in zip(batch, rules, strict=True)]
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
-            lengths = list(map(len, ids))
-            token_ids.append(np.fromiter(chain.from_iterable(ids), dtype=dtype, count=sum(lengths)))
-            if self._unknown_id is not None and (places := np.flatnonzero(token_ids[-1] == self._unknown_id)).size:
-                for unit in np.unique(np.searchsorted(np.cumsum(lengths), places, side="right")):
-                    unknown_bytes[len(unit_tokens) + unit] = self._unknown_bytes(texts[unit])
-            unit_tokens += lengths
+            ids, lengths = self._encode_joined(batch, rules) or self._encode_apart(batch, rules)
+            token_ids.append(ids)
+            unit_tokens.append(lengths)
+        all_ids, all_lengths = np.concatenate(token_ids), np.concatenate(unit_tokens)
         text_bytes = np.array([len(unit.encode()) for unit in units], dtype=np.uint32)
         separators = np.array([unit[0] in self._rules for unit in units], dtype=np.uint32)
-        return Encoded(
-            np.concatenate(token_ids),
-            np.array(unit_tokens, dtype=np.uint32),
-            text_bytes,
-            text_bytes - separators,
-            unknown_bytes,
-        )
+        unknown_bytes = np.zeros(len(units), dtype=np.uint32)
+        if self._unknown_id is not None and (places := np.flatnonzero(all_ids == self._unknown_id)).size:
+            for number in np.unique(np.searchsorted(np.cumsum(all_lengths), places, side="right")):
+                unknown_bytes[number] = self._unknown_bytes(self._given(units[number]))
+        return Encoded(all_ids, all_lengths, text_bytes, text_bytes - separators, unknown_bytes)
 
-    def _given(self, unit: str, rule: _Rule | None) -> str:
+    def _encode_apart(self, units: list[str], rules: list[_Rule | None]) -> _Tokens:
+        """Tokens of all units, and their number in each."""
+        encodings = self.tokenizer.encode_batch_fast([self._given(unit) for unit in units], add_special_tokens=False)
+        ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
+        lengths = np.fromiter(map(len, ids), dtype=np.uint32, count=len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype=self._dtype, count=int(lengths.sum())), lengths
+
+    def _encode_joined(self, units: list[str], rules: list[_Rule | None]) -> _Tokens | None:
+        """The same, from one text of all units; None where that does not give the same tokens for certain.
+
+        A unit costs the tokenizer as much as several words do, whatever is in it. Where every word begins with a token
+        that bears the mark of a space, and no other token does, the words of a joined text can be told apart.
+        """
+        if self._begins_word is None:
+            return None
+        texts = [self._given(unit) for unit in units]
+        # The separating space is the mark of the first word, be it in the unit or put there by joining.
+        texts = [text[1:] if text[0] == " " else text for text in texts]
+        (encoding,) = self.tokenizer.encode_batch_fast([" ".join(texts)], add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=self._dtype)
+        words = np.flatnonzero(self._begins_word[ids])
+        num_words = np.array([text.count(" ") + 1 for text in texts])
+        if len(words) != num_words.sum():
+            return None
+        starts = words[np.cumsum(num_words) - num_words]
+        lengths = np.diff(starts, append=len(ids)).astype(np.uint32)
+        marked = [number for number, rule in enumerate(rules) if rule is not None and rule.changes_tokens]
+        if marked:
+            parts = np.split(ids, starts[1:])
+            for number in marked:
+                parts[number] = np.array(rules[number].token_ids(parts[number].tolist()), dtype=self._dtype)
+                lengths[number] = len(parts[number])
+            ids = np.concatenate(parts)
+        return ids, lengths
+
+    def _given(self, unit: str) -> str:
+        """What the tokenizer is given for a unit."""
+        rule = self._rules.get(unit[0])
         if rule is None:
             return unit
         # A line feed that the tokenizer does not know is given to it as the space it is read as.
@@ -173,6 +207,30 @@ class Encoder:
             ):
                 return rule
         return None
+
+
+def _begins_word(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.bool_] | None:
+    """[vocab_size] whether a token begins a word, for tokenizers that part a text at its spaces and nothing else.
+
+    Those are the ones that put ``▁`` before every word and encode each by itself, as SentencePiece does.
+    """
+    description = json.loads(tokenizer.to_str())
+    pre_tokenizer, normalizer = description["pre_tokenizer"] or {}, description["normalizer"] or {"type": "NFC"}
+    if (
+        pre_tokenizer.get("type") != "Metaspace"
+        or not pre_tokenizer.get("split", True)
+        or pre_tokenizer.get("prepend_scheme", "always") != "always"
+        or normalizer["type"] not in ("NFC", "NFKC")
+        or description["model"].get("dropout")
+        # These are looked for in the text as a whole, and may hold spaces.
+        or any(not token["special"] for token in description["added_tokens"])
+    ):
+        return None
+    vocab = tokenizer.get_vocab()
+    begins = np.zeros(vocab_size, dtype=np.bool_)
+    begins[[number for token, number in vocab.items() if token.startswith("▁")]] = True
+    # Else a word whose first letter is unknown would begin with an unknown token.
+    return begins if "▁" in vocab else None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from daramgpt import corpora
 from daramgpt.corpora import Corpus
 from daramgpt.curriculum import take_bytes
-from daramgpt.recipe import Recipe
 from daramgpt.shards.encode import Encoder, token_dtype
 from daramgpt.shards.workers import encode_block
 from daramgpt.shards.writer import CREDIT_DTYPE
 from daramgpt.text_table import aligned, duration
+
+if TYPE_CHECKING:
+    from daramgpt.recipe import Recipe
 
 # Of each corpus and unit; about a second of work.
 SAMPLE_TEXT_BYTES = 1_000_000

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daramgpt.corpora import Corpus
 from daramgpt.corpora.archives import parts_of
-from daramgpt.recipe import Recipe
 from daramgpt.shards.encode import tokenizer_sha256
+
+if TYPE_CHECKING:
+    from daramgpt.recipe import Recipe
 
 # To be raised with every change to readers, cleaning, splitting or encoding that alters the tokens.
 TEXT_VERSION = 2

@@ -22,13 +22,12 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daramgpt.corpora import Corpus, ReadReport
 from daramgpt.corpora.archives import parts_of
 from daramgpt.curriculum import corpus_dir, find_corpora, is_last_of_corpus, take_bytes
 from daramgpt.errors import UserError
-from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, write_json
 from daramgpt.shards.encode import TOKENIZER_FILES, Encoder, token_dtype
 from daramgpt.shards.estimate import SAMPLE_TEXT_BYTES, estimate, table
@@ -38,6 +37,9 @@ from daramgpt.shards.rows import FORMAT_VERSION, INDEX, TOKENIZER, read_index, s
 from daramgpt.shards.source import CorpusSource
 from daramgpt.shards.workers import Workers
 from daramgpt.shards.writer import StreamWriter, disk_full_is_the_users
+
+if TYPE_CHECKING:
+    from daramgpt.recipe import Recipe
 
 _PROGRESS = "progress.json"
 _FINGERPRINT = "fingerprint.json"

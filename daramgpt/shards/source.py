@@ -7,16 +7,18 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from daramgpt import corpora
 from daramgpt.corpora import Block, Corpus, Document, Gathering, ReadReport
 from daramgpt.curriculum import CorpusStream, cut, document_bytes, rest_of
-from daramgpt.recipe import Recipe
 from daramgpt.shards.encode import Encoded, Encoder
 from daramgpt.shards.workers import EncodedBlock, Workers
+
+if TYPE_CHECKING:
+    from daramgpt.recipe import Recipe
 
 
 class EncodedDocument:
