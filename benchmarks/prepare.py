@@ -108,20 +108,26 @@ def measure(
                 {stage["name"]: stage["text_bytes"] for stage in side[what][-1].stages} for side in (prepared, alone)
             ]
             assert fed[0] == fed[1], f"prepare and the tokenizer were not fed the same bytes: {fed}"
+    everything = make_recipe(corpus_dir, formats, tokenizer_dir)
     say("splitter")
-    splitter = run_side("splitter", make_recipe(corpus_dir, formats, tokenizer_dir), folder)
-    measured = result(list(prepared.values()), list(alone.values()), splitter)
+    splitter = run_side("splitter", everything, folder)
+    # Watching takes a share of the cores, so it has a run of its own.
+    say("peak memory: all corpora")
+    watched = run_side("prepare", everything, folder, watches_memory=True)
+    measured = result(list(prepared.values()), list(alone.values()), splitter, watched)
     if num_copies:
-        measured |= measure_growth(corpus_dir, formats, tokenizer_dir, folder, num_copies, say)
+        measured |= measure_growth(corpus_dir, formats, tokenizer_dir, folder, num_copies, watched, say)
     return measured
 
 
-def result(prepared: list[list[Ended]], alone: list[list[Ended]], splitter: Ended) -> dict[str, Any]:
+def result(prepared: list[list[Ended]], alone: list[list[Ended]], splitter: Ended, watched: Ended) -> dict[str, Any]:
     """The result from its sides, of each of which the median repetition counts.
 
     Args:
         prepared: repetitions of prepare: of the corpora without wiki, if there are any, then of wiki, if it is there.
         alone: repetitions of the tokenizer alone, of the same.
+        splitter: the splitter alone.
+        watched: prepare of all corpora, its memory watched.
     """
     sides = [
         (_median(by_prepare, lambda ended: ended.seconds), _median(by_tokenizer, lambda ended: ended.stage_seconds))
@@ -139,7 +145,7 @@ def result(prepared: list[list[Ended]], alone: list[list[Ended]], splitter: Ende
         "splitter_megabytes_per_second": (
             _megabytes_per_second(splitter.text_bytes, splitter.stage_seconds) if splitter.stages else None
         ),
-        "peak_memory_bytes": max(ended.peak_memory_bytes for repetitions in prepared for ended in repetitions),
+        "peak_memory_bytes": watched.peak_memory_bytes,
         "repetitions": len(prepared[0]),
         "rows": [
             {
@@ -162,16 +168,15 @@ def measure_growth(
     tokenizer_dir: Path,
     folder: Path,
     num_copies: int,
+    small: Ended,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """``small``, ``large`` and ``memory_growth``: prepare on all corpora, and on so many salted copies of them."""
-    say("prepare: all corpora")
-    small = run_side("prepare", make_recipe(corpus_dir, formats, tokenizer_dir), folder)
     with tempfile.TemporaryDirectory(prefix="copies-", dir=folder) as copies:
         say(f"writing {num_copies} salted copies")
         salted_corpus.write_salted(corpus_dir, formats, num_copies, Path(copies))
-        say("prepare: all copies")
-        large = run_side("prepare", make_recipe(Path(copies), formats, tokenizer_dir), folder)
+        say("peak memory: all copies")
+        large = run_side("prepare", make_recipe(Path(copies), formats, tokenizer_dir), folder, watches_memory=True)
 
     def figures(ended: Ended, times: int) -> dict[str, Any]:
         return {

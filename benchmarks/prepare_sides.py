@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -47,7 +48,7 @@ class Ended:
 
     Attributes:
         seconds: from the start of its process to its end.
-        peak_memory_bytes: of the process and its descendants, pages that they share counted once.
+        peak_memory_bytes: of the process and its descendants, pages that they share counted once; 0 if not watched.
         stages: what it measured of each.
     """
 
@@ -65,13 +66,14 @@ class Ended:
         return sum(stage["seconds"] for stage in self.stages)
 
 
-def run_side(side: str, recipe: Recipe, folder: Path) -> Ended:
+def run_side(side: str, recipe: Recipe, folder: Path, watches_memory: bool = False) -> Ended:
     """Run a side in a fresh process to its end.
 
     Args:
         side: a key of `SIDES`.
         recipe: its teacher is the folder of the tokenizer.
         folder: takes what the side writes, which is removed afterwards.
+        watches_memory: whether to fill ``peak_memory_bytes``, which costs the side some of its speed.
 
     Raises:
         UserError: as the side raised it, or this system does not say how memory is shared.
@@ -83,8 +85,9 @@ def run_side(side: str, recipe: Recipe, folder: Path) -> Ended:
         recipe_file.write_text(recipes.dump(recipe), encoding="utf-8")
         line = [
             sys.executable,
-            "-m",
-            "benchmarks.prepare_sides",
+            # Not as a module: the processes that prepare starts would import it again, as those of a user do not.
+            "-c",
+            "import sys; from benchmarks.prepare_sides import main; sys.exit(main(*sys.argv[1:]))",
             side,
             str(recipe_file),
             recipe.teacher.model,
@@ -95,7 +98,8 @@ def run_side(side: str, recipe: Recipe, folder: Path) -> Ended:
         with log.open("wb") as errors:
             begin = time.monotonic()
             process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=errors)
-            with process, PeakOfTree(process.pid) as memory:
+            memory = PeakOfTree(process.pid)
+            with process, memory if watches_memory else nullcontext():
                 output, _ = process.communicate()
                 seconds = time.monotonic() - begin
         if process.returncode == 2:
@@ -221,7 +225,3 @@ def main(side: str, recipe: str, tokenizer_dir: str, run: str) -> int:
         return 2
     print(json.dumps(figures))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -86,10 +86,10 @@ def test_all_keys_are_measured(corpus: Path, tokenizer_dir: Path, tmp_path: Path
 
 
 def test_rates_are_end_to_end_and_medians_count() -> None:
-    prepared = [[ended("web", 8_000_000, 3.0, 1.0, peak=5), ended("web", 8_000_000, 7.0), ended("web", 8_000_000, 1.0)]]
+    prepared = [[ended("web", 8_000_000, 3.0, 1.0), ended("web", 8_000_000, 7.0), ended("web", 8_000_000, 1.0)]]
     alone = [[ended("web", 8_000_000, 2.0, 9.0) for _ in range(3)]]
     splitter = ended("web", 4_000_000, 0.5, 9.0)
-    result = prepare.result(prepared, alone, splitter)
+    result = prepare.result(prepared, alone, splitter, ended("web", 8_000_000, 9.0, peak=5))
     assert result["text_megabytes_per_second"] == pytest.approx(2.0)
     assert result["tokenizer_megabytes_per_second"] == pytest.approx(4.0)
     assert result["ratio_without_wiki"] == pytest.approx(0.5)
@@ -102,7 +102,7 @@ def test_rates_are_end_to_end_and_medians_count() -> None:
 
 def test_wiki_by_itself_has_no_ratio() -> None:
     prepared, alone = [[ended("wiki", 6_000_000, 3.0)]], [[ended("wiki", 6_000_000, 1.5)]]
-    result = prepare.result(prepared, alone, ended("wiki", 1, 1.0))
+    result = prepare.result(prepared, alone, ended("wiki", 1, 1.0), ended("wiki", 6_000_000, 3.0))
     assert result["wiki_megabytes_per_second"] == result["text_megabytes_per_second"] == pytest.approx(2.0)
     assert result["tokenizer_megabytes_per_second"] == pytest.approx(4.0)
     assert result["ratio_without_wiki"] is None

@@ -168,11 +168,11 @@ class Encoder:
             return None
         starts = words[np.cumsum(num_words) - num_words]
         lengths = np.diff(starts, append=len(ids)).astype(np.uint32)
-        marked = [number for number, rule in enumerate(rules) if rule is not None and rule.changes_tokens]
-        if marked:
+        changed = [(number, rule) for number, rule in enumerate(rules) if rule is not None and rule.changes_tokens]
+        if changed:
             parts = np.split(ids, starts[1:])
-            for number in marked:
-                parts[number] = np.array(rules[number].token_ids(parts[number].tolist()), dtype=self._dtype)
+            for number, rule in changed:
+                parts[number] = np.array(rule.token_ids(parts[number].tolist()), dtype=self._dtype)
                 lengths[number] = len(parts[number])
             ids = np.concatenate(parts)
         return ids, lengths

@@ -45,7 +45,7 @@ _PROGRESS = "progress.json"
 _FINGERPRINT = "fingerprint.json"
 _SECONDS_BETWEEN_SAVES = 10.0
 # Starting processes takes longer than reading this much.
-_FEW_FILE_BYTES = 2_000_000
+_FEW_FILE_BYTES = 500_000
 # Text in a compressed corpus file, at most, and tokens in a byte of Korean text, with something to spare.
 _MOST_TEXT_PER_FILE_BYTE = 10
 _TOKENS_PER_TEXT_BYTE = 0.225

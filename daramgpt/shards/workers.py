@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -95,11 +97,16 @@ class Workers:
 
     def __enter__(self) -> Self:
         if self._num_workers > 1:
-            # Not forked: this process has threads, and a fork would copy whatever they hold.
-            context = multiprocessing.get_context("spawn")
+            # A fork has all that is imported and loaded at once, but copies what other threads hold.
+            can_fork = sys.platform == "linux" and threading.active_count() == 1
+            context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
+            connections: list[Connection] = []
             for _ in range(self._num_workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, self._tokenizer_dir), daemon=True)
+                connections.append(ours)
+                # A fork holds our ends too: it must let go of them, or the pipes would never be closed.
+                arguments = (theirs, self._encoder, connections) if can_fork else (theirs, self._tokenizer_dir, [])
+                process = context.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -158,14 +165,17 @@ class Workers:
         raise RuntimeError(f"a process that reads the corpora failed:\n{answer}")
 
 
-def _serve(connection: Connection, tokenizer_dir: Path) -> None:
+def _serve(connection: Connection, tokenizer: Encoder | Path, others: list[Connection]) -> None:
     """Answer blocks by tokens until the pipe is closed."""
     # The process that started this one decides when to stop; a terminal's Ctrl-C reaches both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for other in others:
+        other.close()
     # Blocks are many small objects and no cycles: looking for those takes a fifth of the time.
     gc.disable()
-    encoder = Encoder(tokenizer_dir)
+    encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)
     answer: EncodedBlock | tuple[str, str] | str
     for number in itertools.count(1):
         try:
