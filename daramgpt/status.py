@@ -128,6 +128,15 @@ def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageSta
     return stages
 
 
+def _written_so_far(run: RunDirectory) -> str:
+    """The stages of a `prepare` that is not finished, or nothing."""
+    progress = _json(run.shards.with_name(f"{run.shards.name}.partial") / "progress.json")
+    parts = [f"{stage['name']} ({stage['text_bytes'] / 1e6:,.1f} MB)" for stage in progress.get("stages", [])]
+    if under_way := progress.get("stage"):
+        parts.append(f"{under_way['training']['counts']['text_bytes'] / 1e6:,.1f} MB of the next stage")
+    return ", ".join(parts)
+
+
 def lines(status: Status, run: RunDirectory) -> list[str]:
     """The status for people, a line each."""
     share = f" ({status.step / status.num_steps:.1%})" if status.num_steps else ""
@@ -138,6 +147,8 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
     ]
     if status.missing:
         result.append(f"left to do: {', '.join(status.missing)}")
+    if written := _written_so_far(run):
+        result.append(f"prepare has written {written}")
     if status.stages:
         rows = [
             (

@@ -92,7 +92,7 @@ def test_kiwi_reads_long_text_through_its_window(text: str) -> None:
 
 def test_a_missing_kiwi_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kiwipiepy", None)
-    with pytest.raises(UserError, match=r"daramgpt\[kiwi\]"):
+    with pytest.raises(UserError, match=r"pip install kiwipiepy"):
         kiwi._analyser.__wrapped__()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from daramgpt import curriculum
 from daramgpt.corpora import Block, plain, reading
 from daramgpt.curriculum import stages, text_bytes
 from daramgpt.errors import UserError
@@ -505,6 +507,41 @@ def test_tokenizer_faults_are_named(tokenizers: dict[str, Path], corpora: Path, 
     save(Tokenizer(models.WordLevel({"가": 0}, unk_token="가")), tmp_path / "no-eos", None)
     with pytest.raises(UserError, match="end-of-sequence"):
         prepare(recipe, run, tmp_path / "no-eos", CONTEXT_TOKENS, print)
+
+
+def test_a_corpus_may_be_a_data_set_and_have_its_own_splitter(
+    tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    lines = [json.dumps({"id": n, "text": text}) for n, text in enumerate(make_texts("web", 400))]
+    (dataset / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = {
+        "name": "test",
+        "corpus": {"datasets": {"web": {"path": str(dataset)}}, "splitters": {"web": "kiwi"}},
+        "curriculum": {"stages": [{"name": "a", "corpus": "web", "take": "20KB", "unit": "sentence"}]},
+        "teacher": {"model": "not-read-here"},
+    }
+    monkeypatch.setitem(curriculum.SPLITTERS, "kiwi", lambda text: [word for word in text.split() if word])
+    data["corpus"]["workers"] = 1
+    recipe, run = validate(data, "test"), RunDirectory(tmp_path / "run")
+    (stage,) = prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    # Every word is a unit.
+    assert stage["units"] > 5 * stage["documents"] > 50 and stage["heldout_documents"]
+    (dataset / "train.jsonl").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"corpus\.datasets\.web: train\.jsonl"):
+        prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, print)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kiwipiepy") is not None, reason="kiwipiepy is installed")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_splitter_that_is_not_installed_is_named(
+    num_workers: int, tokenizers: dict[str, Path], corpora: Path
+) -> None:
+    data = make_recipe(corpora).model_dump()
+    data["corpus"] |= {"splitters": {"web": "kiwi"}, "workers": num_workers}
+    with pytest.raises(UserError, match="kiwipiepy"):
+        prepare(validate(data, "test"), RunDirectory(corpora.parent / "run"), tokenizers["metaspace"], 16, print)
 
 
 def test_a_file_of_another_size_is_noticed(tokenizers: dict[str, Path], corpora: Path) -> None:

@@ -180,3 +180,17 @@ def test_text_cut_short_counts_as_absent(run: RunDirectory) -> None:
 def test_session_times_are_shown_in_local_time(run: RunDirectory) -> None:
     session(run, 0, 5, "deadline")
     assert time.strftime("%Y-%m-%d") in "\n".join(status.lines(status.read(run), run))
+
+
+def test_a_prepare_that_is_not_finished_shows_what_it_has(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    assert not any("prepare has" in line for line in status.lines(status.read(run), run))
+    write_json(
+        tmp_path / "run" / "shards.partial" / "progress.json",
+        {
+            "stages": [{"name": "web-1", "text_bytes": 3_210_000}],
+            "stage": {"training": {"counts": {"text_bytes": 1_500_000}}},
+            "corpora": {},
+        },
+    )
+    assert "prepare has written web-1 (3.2 MB), 1.5 MB of the next stage" in status.lines(status.read(run), run)

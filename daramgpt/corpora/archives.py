@@ -186,10 +186,13 @@ def open_archive(path: Path) -> zipfile.ZipFile | None:
 
 def archive_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     """The files of an archive, in its order."""
+    folders: dict[str, str] = {}
     for info in archive.infolist():
         if not info.filename.endswith("/"):
             name = unicodedata.normalize("NFC", entry_name(info))
-            yield Member(path, name, f"{path}!{name.rpartition('/')[0]}", archive, info)
+            folder = name.rpartition("/")[0]
+            # One string for all members of a folder: there may be hundreds of thousands.
+            yield Member(path, name, folders.setdefault(folder, f"{path}!{folder}"), archive, info)
 
 
 def members(reading: Reading, paths: list[Path]) -> Iterator[Member]:
@@ -217,14 +220,15 @@ def members(reading: Reading, paths: list[Path]) -> Iterator[Member]:
 
 def _known(reading: Reading, path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     """Members of an archive that are no archives themselves."""
-    found = list(archive_members(path, archive))
+    name = printable(path.name)
     if isinstance(archive, SalvagedArchive):
-        reading.fault(printable(path.name), f"the archive is cut short; {len(found)} whole members were recovered")
+        num_members = sum(1 for _ in archive_members(path, archive))
+        reading.fault(name, f"the archive is cut short; {num_members} whole members were recovered")
         for info in archive.lost:
-            reading.fault(f"{printable(path.name)}!{entry_name(info)}", "was lost where the archive is cut short")
-    elif not found:
-        reading.fault(printable(path.name), "holds no files")
-    for member in found:
+            reading.fault(f"{name}!{entry_name(info)}", "was lost where the archive is cut short")
+    elif not archive.infolist():
+        reading.fault(name, "holds no files")
+    for member in archive_members(path, archive):
         if PACKED.search(member.name) or member.name.lower().endswith(".bz2"):
             reading.fault(member.label, "an archive inside an archive is not read; unpack it")
         else:

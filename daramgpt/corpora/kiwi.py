@@ -59,5 +59,7 @@ def _analyser() -> Any:
     try:
         from kiwipiepy import Kiwi
     except ImportError:
-        raise UserError("the kiwi sentence splitter needs kiwipiepy", 'pip install "daramgpt[kiwi]"') from None
+        raise UserError(
+            "the kiwi sentence splitter needs kiwipiepy", ".venv/bin/python -m pip install kiwipiepy"
+        ) from None
     return Kiwi(num_workers=1)

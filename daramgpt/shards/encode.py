@@ -160,7 +160,10 @@ class Encoder:
         texts = [self._given(unit) for unit in units]
         # The separating space is the mark of the first word, be it in the unit or put there by joining.
         texts = [text[1:] if text[0] == " " else text for text in texts]
-        (encoding,) = self.tokenizer.encode_batch_fast([" ".join(texts)], add_special_tokens=False)
+        joined = " ".join(texts)
+        if "▁" in joined:
+            return None
+        (encoding,) = self.tokenizer.encode_batch_fast([joined], add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=self._dtype)
         words = np.flatnonzero(self._begins_word[ids])
         num_words = np.array([text.count(" ") + 1 for text in texts])

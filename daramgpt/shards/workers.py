@@ -101,6 +101,9 @@ class Workers:
             can_fork = sys.platform == "linux" and threading.active_count() == 1
             context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
             connections: list[Connection] = []
+            # What the collector does not look at is not written to, so that forks go on sharing it.
+            gc.collect()
+            gc.freeze()
             for _ in range(self._num_workers):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
@@ -121,6 +124,7 @@ class Workers:
             process.terminate()
         for process in self._processes:
             process.join()
+        gc.unfreeze()
 
     def encode(
         self, blocks: Iterable[Block], unit: Callable[[], str], splitter: str
