@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
-from daramgpt.corpora.archives import READ_FAULTS, Member, opened
+from daramgpt.corpora.archives import READ_FAULTS, Member, members, opened, pending
 from daramgpt.corpora.cleaning import clean, encoding_of
 from daramgpt.corpora.document import Document
 from daramgpt.corpora.reading import LARGEST_ITEM_BYTES, Item, Pending, Reading
@@ -20,6 +21,23 @@ _HEAD_BYTES = 1 << 16
 def is_csv(name: str) -> bool:
     """Whether a member's name is that of a table."""
     return name.lower().endswith(".csv")
+
+
+def nikl_items(
+    reading: Reading, paths: list[Path], parser: str, suffixes: tuple[str, ...], id_column: str
+) -> Iterator[Pending]:
+    """The files of a NIKL corpus, each name once, and the rows of its tables."""
+    read: set[str] = set()
+    for member in members(reading, paths):
+        if is_csv(member.name):
+            yield from csv_items(reading, member, id_column)
+        elif not member.name.lower().endswith(suffixes):
+            reading.pass_over(member.label, "no data of this format")
+        elif member.stem in read:
+            reading.pass_over(member.label, "present twice")
+        else:
+            read.add(member.stem)
+            yield pending(reading, member, parser)
 
 
 def csv_items(reading: Reading, member: Member, id_column: str) -> Iterator[Pending]:

@@ -13,9 +13,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from daramgpt.corpora.archives import members, pending
 from daramgpt.corpora.cleaning import clean, decode
-from daramgpt.corpora.csv_edition import csv_items, is_csv
+from daramgpt.corpora.csv_edition import nikl_items
 from daramgpt.corpora.document import Document
 from daramgpt.corpora.reading import Item, Paragraphs, Pending, Reading
 
@@ -27,17 +26,7 @@ _DECLARATION = re.compile(r"\A\s*<\?xml[^>]*\?>")
 
 def unpublished_items(reading: Reading, paths: list[Path]) -> Iterator[Pending]:
     """Files, and the rows of tables."""
-    read: set[str] = set()
-    for member in members(reading, paths):
-        if is_csv(member.name):
-            yield from csv_items(reading, member, id_column="file_id")
-        elif not member.name.lower().endswith((".sjml", ".xml")):
-            reading.pass_over(member.label, "no data of this format")
-        elif member.stem in read:
-            reading.pass_over(member.label, "present twice")
-        else:
-            read.add(member.stem)
-            yield pending(reading, member, "sjml")
+    return nikl_items(reading, paths, "sjml", (".sjml", ".xml"), "file_id")
 
 
 def parse_sjml(reading: Reading, item: Item) -> Iterator[Document]:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from daramgpt.corpora.archives import members, pending
 from daramgpt.corpora.cleaning import clean, load_json
-from daramgpt.corpora.csv_edition import csv_items, is_csv
+from daramgpt.corpora.csv_edition import nikl_items
 from daramgpt.corpora.document import Document
 from daramgpt.corpora.reading import Item, Paragraphs, Pending, Reading
 
@@ -20,17 +19,7 @@ _GLUED = re.compile(r"(\d{2,3})(?=[^\W\d_])(?![월일시년호분초세장절조
 
 def written_items(reading: Reading, paths: list[Path]) -> Iterator[Pending]:
     """Books, and the rows of tables."""
-    read: set[str] = set()
-    for member in members(reading, paths):
-        if is_csv(member.name):
-            yield from csv_items(reading, member, id_column="doc_id")
-        elif not member.name.lower().endswith(".json"):
-            reading.pass_over(member.label, "no data of this format")
-        elif member.stem in read:
-            reading.pass_over(member.label, "present twice")
-        else:
-            read.add(member.stem)
-            yield pending(reading, member, "written")
+    return nikl_items(reading, paths, "written", (".json",), "doc_id")
 
 
 def parse_written(reading: Reading, item: Item) -> Iterator[Document]:
