@@ -158,8 +158,10 @@ def test_the_measuring_process_shares_no_torch_with_the_measured_one() -> None:
 
 def test_shared_pages_count_once() -> None:
     script = (
-        "import os, sys\n"
-        "held = bytearray(b'x' * 40_000_000)\n"
+        "import mmap, os, sys\n"
+        # Mapped, not from malloc, which by the environment's settings may keep what is freed.
+        "held = mmap.mmap(-1, 40_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "for at in range(0, 40_000_000, 4096): held[at] = 1\n"
         "if os.fork(): os.wait()\n"
         "else: print('held', flush=True); sys.stdin.read()\n"
     )

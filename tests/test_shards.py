@@ -32,9 +32,9 @@ from daramgpt.curriculum import stages, text_bytes
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe, dump, validate
 from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import Feed, Shards, preparation, prepare, workers
+from daramgpt.shards import Feed, Shards, encode, preparation, prepare, workers
 from daramgpt.shards import writer as writer_module
-from daramgpt.shards.encode import Encoder
+from daramgpt.shards.encode import Encoder, _Shapes
 from daramgpt.tokenizer import train_tokenizer
 
 CONTEXT_TOKENS = 16
@@ -198,15 +198,42 @@ def test_units_joined_give_the_tokens_of_units_apart(
     encoder = Encoder(tokenizers["metaspace"])
     separators = data.draw(st.lists(st.sampled_from(["", " ", "\n"]), min_size=len(texts), max_size=len(texts)))
     units = [separator + (text.strip() or "끝") for separator, text in zip(separators, texts, strict=True)]
-    rules = [encoder._rules.get(unit[0]) for unit in units]
-    ids, lengths = encoder._encode_apart(units, rules)
-    joined = encoder._encode_joined(units, rules)
+    ids, lengths = encoder._encode_apart(units)
+    joined = encoder._encode_joined(units, _Shapes.of(units))
     # A text that holds the mark itself cannot be told apart from its words, and is not tried to be.
     assert (joined is None) == any("▁" in text for text in texts)
     if joined is not None:
         assert joined[0].tolist() == ids.tolist() and joined[1].tolist() == lengths.tolist()
     encoded = encoder.encode(units)
     assert encoded.token_ids.tolist() == ids.tolist() and encoded.unit_tokens.tolist() == lengths.tolist()
+    assert encoded.text_bytes.tolist() == [len(unit.encode()) for unit in units]
+    assert encoded.unit_bytes.tolist() == [len((text.strip() or "끝").encode()) for text in texts]
+
+
+def test_batches_of_units_are_bounded_and_leave_nothing_out(
+    tokenizers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Encoder(tokenizers["metaspace"])
+    units = ["가나", *(f" {'다' * length}." for length in range(1, 30)), "\n라 마", " 바", "사"]
+    whole = encoder.encode(units)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 40)
+    shapes = _Shapes.of(units)
+    sizes = [shapes.num_characters[start:end] for start, end in shapes.batches()]
+    assert len(sizes) > 8 and np.concatenate(sizes).tolist() == list(map(len, units))
+    assert all(size.sum() - size[-1] < 40 for size in sizes)
+    in_batches = encoder.encode(units)
+    assert in_batches.token_ids.tolist() == whole.token_ids.tolist()
+    assert in_batches.unit_tokens.tolist() == whole.unit_tokens.tolist()
+
+
+def test_the_copy_of_a_part_does_not_hold_on_to_the_whole(tokenizers: dict[str, Path]) -> None:
+    whole = Encoder(tokenizers["metaspace"]).encode(["가나", " 다", "라"])
+    part = whole.first(2)
+    assert part.token_ids.base is not None
+    copied = part.copy()
+    for name in ("token_ids", "unit_tokens", "text_bytes", "unit_bytes", "unknown_bytes"):
+        values = getattr(copied, name)
+        assert values.base is None and values.tolist() == getattr(part, name).tolist()
 
 
 def test_only_tokenizers_of_words_are_given_joined_units(tokenizers: dict[str, Path]) -> None:

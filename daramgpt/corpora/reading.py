@@ -18,7 +18,7 @@ from daramgpt.corpora.document import Document, ReadReport
 Paragraphs = list[tuple[str, ...]]
 
 # Big enough that handing a block to another process costs little, small enough that many of them fit in memory.
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 18
 # Nobody's document; a file beyond it would need several times its size in memory.
 LARGEST_ITEM_BYTES = 1 << 28
 

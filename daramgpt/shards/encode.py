@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from tokenizers import Encoding, Tokenizer
 from daramgpt.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_BATCH_CHARACTERS = 600_000
+_SPACE, _LINE_FEED = ord(" "), ord("\n")
+# What the tokenizer makes of a text takes 80 times its memory; larger batches are not faster.
+_BATCH_CHARACTERS = 100_000
 _Tokens = tuple[NDArray[Any], NDArray[np.uint32]]
 _PROBES = (("첫째 문장입니다.", "둘째 문장이다."), ("가나", "다. 라"), ("in 1997", "K리그"))
 
@@ -63,9 +65,64 @@ class Encoded:
             self.unknown_bytes[start:end],
         )
 
+    def copy(self) -> Encoded:
+        """The same in memory of its own: a part of a block holds on to all of it."""
+        return Encoded(
+            self.token_ids.copy(),
+            self.unit_tokens.copy(),
+            self.text_bytes.copy(),
+            self.unit_bytes.copy(),
+            self.unknown_bytes.copy(),
+        )
+
     def first(self, num_units: int) -> Encoded:
         """The units before `num_units`."""
         return self.units(0, num_units, 0, int(self.unit_tokens[:num_units].sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """What units look like from outside, [units] each.
+
+    Attributes:
+        first: code point of the first character, which is the separator if there is one.
+        num_characters, num_bytes, num_spaces: in the whole unit.
+    """
+
+    first: NDArray[np.uint32]
+    num_characters: NDArray[np.int64]
+    num_bytes: NDArray[np.uint32]
+    num_spaces: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, units: list[str]) -> _Shapes:
+        """Of units that are not empty; all at once, for there are thousands in a block."""
+        num_characters = np.fromiter(map(len, units), dtype=np.int64, count=len(units))
+        starts = np.cumsum(num_characters) - num_characters
+        points = np.frombuffer("".join(units).encode("utf-32-le"), dtype="<u4")
+        num_bytes = np.ones(len(points), dtype=np.uint8)
+        for least in (0x80, 0x800, 0x10000):
+            num_bytes += points >= least
+        return cls(
+            points[starts],
+            num_characters,
+            np.add.reduceat(num_bytes, starts, dtype=np.uint32),
+            np.add.reduceat(points == _SPACE, starts, dtype=np.int64),
+        )
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Starts and ends of batches of a bounded size: what the tokenizer gives back takes many times its memory."""
+        ends, start = np.cumsum(self.num_characters), 0
+        while start < len(ends):
+            full = _BATCH_CHARACTERS + (ends[start - 1] if start else 0)
+            end = min(int(np.searchsorted(ends, full)) + 1, len(ends))
+            yield start, end
+            start = end
+
+    def part(self, start: int, end: int) -> _Shapes:
+        return _Shapes(
+            self.first[start:end], self.num_characters[start:end], self.num_bytes[start:end], self.num_spaces[start:end]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,57 +184,58 @@ class Encoder:
 
     def encode(self, units: list[str]) -> Encoded:
         """Tokens of units, each with its separator before it."""
+        shapes = _Shapes.of(units)
         token_ids, unit_tokens = [np.empty(0, self._dtype)], [np.empty(0, np.uint32)]
-        for batch in _batches(units):
-            rules = [self._rules.get(unit[0]) for unit in batch]
-            ids, lengths = self._encode_joined(batch, rules) or self._encode_apart(batch, rules)
+        for start, end in shapes.batches():
+            batch = units[start:end]
+            ids, lengths = self._encode_joined(batch, shapes.part(start, end)) or self._encode_apart(batch)
             token_ids.append(ids)
             unit_tokens.append(lengths)
         all_ids, all_lengths = np.concatenate(token_ids), np.concatenate(unit_tokens)
-        text_bytes = np.array([len(unit.encode()) for unit in units], dtype=np.uint32)
-        separators = np.array([unit[0] in self._rules for unit in units], dtype=np.uint32)
         unknown_bytes = np.zeros(len(units), dtype=np.uint32)
         if self._unknown_id is not None and (places := np.flatnonzero(all_ids == self._unknown_id)).size:
             for number in np.unique(np.searchsorted(np.cumsum(all_lengths), places, side="right")):
                 unknown_bytes[number] = self._unknown_bytes(self._given(units[number]))
-        return Encoded(all_ids, all_lengths, text_bytes, text_bytes - separators, unknown_bytes)
+        has_separator = (shapes.first == _SPACE) | (shapes.first == _LINE_FEED)
+        return Encoded(all_ids, all_lengths, shapes.num_bytes, shapes.num_bytes - has_separator, unknown_bytes)
 
-    def _encode_apart(self, units: list[str], rules: list[_Rule | None]) -> _Tokens:
+    def _encode_apart(self, units: list[str]) -> _Tokens:
         """Tokens of all units, and their number in each."""
         encodings = self.tokenizer.encode_batch_fast([self._given(unit) for unit in units], add_special_tokens=False)
+        rules = [self._rules.get(unit[0]) for unit in units]
         ids = [rule.token_ids(e.ids) if rule else e.ids for e, rule in zip(encodings, rules, strict=True)]
         lengths = np.fromiter(map(len, ids), dtype=np.uint32, count=len(ids))
         return np.fromiter(chain.from_iterable(ids), dtype=self._dtype, count=int(lengths.sum())), lengths
 
-    def _encode_joined(self, units: list[str], rules: list[_Rule | None]) -> _Tokens | None:
+    def _encode_joined(self, units: list[str], shapes: _Shapes) -> _Tokens | None:
         """The same, from one text of all units; None where that does not give the same tokens for certain.
 
         A unit costs the tokenizer as much as several words do, whatever is in it. Where every word begins with a token
         that bears the mark of a space, and no other token does, the words of a joined text can be told apart.
         """
-        if self._begins_word is None:
+        space, line_feed = self._rules[" "], self._rules["\n"]
+        if self._begins_word is None or space.changes_tokens or line_feed.put_before:
             return None
-        texts = [self._given(unit) for unit in units]
-        # The separating space is the mark of the first word, be it in the unit or put there by joining.
-        texts = [text[1:] if text[0] == " " else text for text in texts]
-        joined = " ".join(texts)
-        if "▁" in joined:
+        # Every unit begins with a space, which is the mark of its first word: its own separator, or one put there.
+        bare = np.flatnonzero((shapes.first != _SPACE) & (shapes.first != _LINE_FEED)).tolist()
+        parts = ["".join(units[start:end]) for start, end in pairwise([0, *bare, len(units)])]
+        joined = " ".join(parts[1:] if bare[:1] == [0] else parts)
+        is_after_line_feed = shapes.first == _LINE_FEED
+        if "▁" in joined or joined.count("\n") != is_after_line_feed.sum():
             return None
-        (encoding,) = self.tokenizer.encode_batch_fast([joined], add_special_tokens=False)
+        joined = joined.replace("\n", " \n" if self.keeps_line_feeds and line_feed.keeps_separator else " ")
+        (encoding,) = self.tokenizer.encode_batch_fast([joined.removeprefix(" ")], add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=self._dtype)
         words = np.flatnonzero(self._begins_word[ids])
-        num_words = np.array([text.count(" ") + 1 for text in texts])
+        num_words = shapes.num_spaces + (shapes.first != _SPACE)
         if len(words) != num_words.sum():
             return None
         starts = words[np.cumsum(num_words) - num_words]
         lengths = np.diff(starts, append=len(ids)).astype(np.uint32)
-        changed = [(number, rule) for number, rule in enumerate(rules) if rule is not None and rule.changes_tokens]
-        if changed:
-            parts = np.split(ids, starts[1:])
-            for number, rule in changed:
-                parts[number] = np.array(rule.token_ids(parts[number].tolist()), dtype=self._dtype)
-                lengths[number] = len(parts[number])
-            ids = np.concatenate(parts)
+        if line_feed.dropped_first is not None:
+            is_dropped = is_after_line_feed & (ids[starts] == line_feed.dropped_first)
+            ids = np.delete(ids, starts[is_dropped])
+            lengths -= is_dropped
         return ids, lengths
 
     def _given(self, unit: str) -> str:
@@ -239,18 +297,6 @@ def _begins_word(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.bool_] | N
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest type that holds every token id."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-def _batches(units: list[str]) -> Iterator[list[str]]:
-    """Units in batches of a bounded size: what the tokenizer gives back takes many times the text's memory."""
-    start = num_characters = 0
-    for end, unit in enumerate(units, 1):
-        num_characters += len(unit)
-        if num_characters >= _BATCH_CHARACTERS:
-            yield units[start:end]
-            start, num_characters = end, 0
-    if start < len(units):
-        yield units[start:]
 
 
 def tokenizer_sha256(tokenizer_dir: Path) -> str:

@@ -142,7 +142,7 @@ class StreamWriter:
 
     def append(self, text: Encoded) -> None:
         """Put a text behind those before, and an EOS after it."""
-        self._pending.append(text)
+        self._pending.append(text.copy())
         self._num_pending_tokens += len(text.token_ids)
         if self._num_pending_tokens >= _TOKENS_AT_A_TIME:
             self._write_pending()
