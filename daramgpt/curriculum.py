@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -115,8 +115,12 @@ class Units(Protocol):
     """A document cut into units, in whatever form: text or tokens."""
 
     @property
-    def unit_bytes(self) -> Iterable[Any]:
+    def unit_bytes(self) -> Collection[Any]:
         """UTF-8 bytes of each unit, its separator not counted; integers."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Their sum."""
 
     def first(self, num_units: int) -> Self:
         """The units before `num_units`."""
@@ -230,12 +234,12 @@ class CorpusStream(Generic[UnitsT]):
                         yield Taken(document.id, document.cut(unit), heldout=True)
                     continue
             units = document.cut(unit)
-            ends = list(accumulate(map(int, units.unit_bytes)))
-            num_units = bisect_left(ends, left) + 1
-            if num_units < len(ends):
-                self.rest = document.rest(unit, num_units)
-                units, ends = units.first(num_units), ends[:num_units]
-            left -= ends[-1] if ends else 0
+            if units.num_bytes > left:
+                num_units = bisect_left(list(accumulate(map(int, units.unit_bytes))), left) + 1
+                if num_units < len(units.unit_bytes):
+                    self.rest = document.rest(unit, num_units)
+                    units = units.first(num_units)
+            left -= units.num_bytes
             yield Taken(document.id, units)
         if self._heldout_fraction > 0:
             for document in (
@@ -281,6 +285,10 @@ class TextUnits:
     @property
     def unit_bytes(self) -> list[int]:
         return [len(text.encode()) - separator_bytes(text) for text in self.texts]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.unit_bytes)
 
     def first(self, num_units: int) -> TextUnits:
         return TextUnits(self.texts[:num_units])

@@ -55,6 +55,11 @@ class Encoded:
     unit_bytes: NDArray[np.uint32]
     unknown_bytes: NDArray[np.uint32]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all units, without separators."""
+        return int(self.unit_bytes.sum(dtype=np.int64))
+
     def units(self, start: int, end: int, first_token: int, end_token: int) -> Encoded:
         """Some of the units, and the tokens that are theirs."""
         return Encoded(

@@ -183,7 +183,7 @@ class StreamWriter:
         self.counts.update(
             num_tokens=len(stream),
             text_bytes=int(text_bytes.sum(dtype=np.int64)),
-            unit_bytes=sum(int(text.unit_bytes.sum(dtype=np.int64)) for text in texts),
+            unit_bytes=sum(text.num_bytes for text in texts),
             unknown_bytes=sum(int(text.unknown_bytes.sum(dtype=np.int64)) for text in texts),
             num_units=len(text_bytes),
             num_texts=len(texts),
