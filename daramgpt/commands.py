@@ -102,7 +102,8 @@ def prepare(recipe: Recipe, run: RunDirectory, console: Console, estimate_only: 
     from daramgpt import shards, tokenizer
 
     with locked(run):
-        write_atomically(run.recipe, recipes.dump(recipe))
+        if not estimate_only:
+            write_atomically(run.recipe, recipes.dump(recipe))
         context_tokens = recipe.curriculum.context_tokens
         _make_corpus(recipe, run, console)
         if recipe.teacher is not None and recipe.teacher.model:

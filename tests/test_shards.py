@@ -28,13 +28,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from daramgpt import curriculum
 from daramgpt.corpora import Block, plain, reading
-from daramgpt.curriculum import stages, text_bytes
+from daramgpt.curriculum import find_corpora, stages, text_bytes
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe, dump, validate
 from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import Feed, Shards, encode, preparation, prepare, workers
+from daramgpt.shards import Feed, Shards, encode, estimate_stages, preparation, prepare, workers
 from daramgpt.shards import writer as writer_module
 from daramgpt.shards.encode import Encoder, _Shapes
+from daramgpt.shards.estimate import estimate
 from daramgpt.tokenizer import train_tokenizer
 
 CONTEXT_TOKENS = 16
@@ -170,6 +171,26 @@ def test_shards_decode_to_the_texts_of_the_curriculum(kind: str, tokenizers: dic
         assert stage.num_rows == -(-stage.tokens // CONTEXT_TOKENS)
         assert int(shards.streams[number].text_bytes.sum()) == stage.text_bytes
         assert sum(batch[2] for batch in shards.heldout(stage.name)) == stage.heldout_text_bytes
+
+
+def test_an_estimate_comes_near_and_writes_nothing(tokenizers: dict[str, Path], corpora: Path) -> None:
+    recipe, run = make_recipe(corpora), RunDirectory(corpora.parent / "run")
+    said: list[str] = []
+    estimate_stages(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, said.append)
+    assert not run.path.exists()
+    heading, *rows = (line.split() for line in said[1:])
+    assert heading[:2] == ["stage", "text"]
+    prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    shards = Shards(run.shards)
+    assert [row[0] for row in rows] == [*(stage.name for stage in shards.stages), "all"]
+    found = find_corpora(recipe, corpora)
+    estimates = estimate(recipe, found, Encoder(tokenizers["metaspace"]), CONTEXT_TOKENS, 1)
+    for stage, estimated in zip(shards.stages, estimates, strict=True):
+        # Of what the stage wants, not of what the corpus turned out to have.
+        share = stage.unit_bytes / estimated.text_bytes
+        assert stage.tokens == pytest.approx(estimated.tokens * share, rel=0.05)
+        assert estimated.disk_bytes == pytest.approx(estimated.tokens * (2 + 4 / CONTEXT_TOKENS))
+        assert estimated.seconds > 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -22,6 +22,7 @@ from typing import IO
 from daramgpt.corpora.reading import LARGEST_ITEM_BYTES, Item, Pending, Reading
 from daramgpt.corpora.salvaged_bz2 import SalvagedBZ2
 from daramgpt.corpora.salvaged_zip import SalvagedArchive
+from daramgpt.corpora.seekable import JoinedFile
 
 PART = re.compile(r"(?P<whole>.+)\.part(?P<number>\d+)$", re.IGNORECASE)
 # Ways of packing of which only zip, on the outside, is read.
@@ -35,47 +36,6 @@ def natural_key(path: Path | str) -> tuple[tuple[str | int, ...], ...]:
     return tuple(
         tuple(int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", part)) for part in parts
     )
-
-
-class JoinedFile(io.RawIOBase):
-    """The parts of a split archive as one seekable file."""
-
-    def __init__(self, parts: list[Path]) -> None:
-        super().__init__()
-        self._files = [part.open("rb") for part in parts]
-        self._starts = [0]
-        for part in parts:
-            self._starts.append(self._starts[-1] + part.stat().st_size)
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._starts[-1]}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        for file, start, end in zip(self._files, self._starts, self._starts[1:], strict=False):
-            if start <= self._position < end:
-                file.seek(self._position - start)
-                data = file.read(min(len(buffer), end - self._position))
-                buffer[: len(data)] = data
-                self._position += len(data)
-                return len(data)
-        return 0
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-        super().close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ import zlib
 from dataclasses import dataclass, field
 from typing import IO
 
-_CHUNK_BYTES = 1 << 20
+from daramgpt.corpora.seekable import SeekableView
 
+_CHUNK_BYTES = 1 << 20
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -233,41 +234,20 @@ def _central_directory(directory: RecoveredDirectory) -> bytes:
     return data + end64 + locator + _END.pack(b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64, 0)
 
 
-class _WithDirectory(io.RawIOBase):
+class _WithDirectory(SeekableView):
     """A file's bytes up to the end of its last whole member, with the recovered directory behind them."""
 
     def __init__(self, file: IO[bytes], directory: RecoveredDirectory) -> None:
-        super().__init__()
         self._file = file
         self._file_bytes = directory.end_bytes
         self._tail = _central_directory(directory)
-        self._position = 0
+        super().__init__(self._file_bytes + len(self._tail))
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file_bytes + len(self._tail)}[whence]
-        if base + offset < 0:
-            raise OSError(f"negative position {base + offset}")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        left_bytes = self._file_bytes - self._position
+    def read_at(self, position: int, num_bytes: int) -> bytes:
+        left_bytes = self._file_bytes - position
         if left_bytes > 0:
-            data = _read_at(self._file, self._position, min(len(buffer), left_bytes))
-        else:
-            data = self._tail[-left_bytes : -left_bytes + len(buffer)]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+            return _read_at(self._file, position, min(num_bytes, left_bytes))
+        return self._tail[-left_bytes : -left_bytes + num_bytes]
 
     def close(self) -> None:
         if not self.closed:
