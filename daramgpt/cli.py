@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,6 +255,10 @@ def train_rank(
     commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours)
 
 
+# As shells say that Ctrl-C ended a command.
+_INTERRUPTED = 128 + signal.SIGINT
+
+
 def main() -> None:
     """Run a command and turn what goes wrong into exit codes."""
     sys.exit(_guarded(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))
@@ -266,6 +271,9 @@ def _guarded(run: Callable[[], Any]) -> int:
 
     try:
         result = run()
+        # typer turns Ctrl-C into this result.
+        if result == _INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _refuse(str(error))
@@ -273,7 +281,8 @@ def _guarded(run: Callable[[], Any]) -> int:
         # Usage errors: typer's own line names the option.
         return _refuse(f"{error.format_message()}; see python -m daramgpt --help")
     except (KeyboardInterrupt, typer.Abort):
-        return _refuse("interrupted; what was saved before stays, the same command goes on from there")
+        _refuse("interrupted; what was saved before stays, the same command goes on from there")
+        return _INTERRUPTED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
             where = error.filename or _folder_in_use or "a file"

@@ -199,12 +199,18 @@ def test_a_full_disk_in_the_middle_of_a_command(
     assert "recipe.toml" in text and "No space left on device" in text
 
 
-def test_an_interruption_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> None:
+def test_an_interruption_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    assert cli._guarded(interrupted) == 2
-    assert "goes on from there" in capsys.readouterr().err
+    assert cli._guarded(interrupted) == 130
+    # typer has an answer of its own to Ctrl-C.
+    monkeypatch.setattr(commands, "prepare", interrupted)
+    line = ["prepare", "quickstart", "--run", str(tmp_path / "run")]
+    assert cli._guarded(lambda: cli.app(line, standalone_mode=False)) == 130
+    assert [line.count("goes on from there") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
 def test_a_rank_that_failed_is_a_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:

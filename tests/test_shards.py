@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -441,12 +442,14 @@ def test_sigkill_at_random_moments_leaves_no_trace(tokenizers: dict[str, Path], 
     (tmp_path / "killed.py").write_text(KILLED)
 
     def start(run: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "killed.py", "r.toml", run, str(tokenizers["metaspace"])],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdout=subprocess.PIPE,
-        )
+        with (tmp_path / "errors").open("ab") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "killed.py", "r.toml", run, str(tokenizers["metaspace"])],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         return process
 
@@ -454,14 +457,16 @@ def test_sigkill_at_random_moments_leaves_no_trace(tokenizers: dict[str, Path], 
     assert start("whole").wait() == 0
     seconds = time.monotonic() - begin
     generator = random.Random(7)
-    for _ in range(NUM_KILLS):
+    for number in range(NUM_KILLS):
         process = start("run")
         try:
             process.wait(generator.uniform(0.1, 1.0) * seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal((signal.SIGKILL, signal.SIGTERM)[number % 2])
             process.wait()
     assert start("run").wait() == 0
+    # A worker whose master has gone says nothing.
+    assert (tmp_path / "errors").read_text() == ""
     assert whole_directory(tmp_path / "run" / "shards") == whole_directory(tmp_path / "whole" / "shards")
     assert not (tmp_path / "run" / "shards.partial").exists()
 

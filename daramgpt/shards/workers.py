@@ -202,7 +202,10 @@ def _serve(connection: Connection, tokenizer: Encoder | Path, others: list[Conne
             answer = error.fault, error.mend
         except Exception:
             answer = traceback.format_exc()
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
         del block, answer
         if number % _BLOCKS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
