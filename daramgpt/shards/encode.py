@@ -10,7 +10,8 @@ each separator and tokenizer the first rule whose tokens decode rightly on a few
 * ``apart``: the separator's own tokens, then the unit encoded alone.
 
 A tokenizer without any token for the line feed reads it as a space; one that loses the space as well reads units
-whole. Encoding unit by unit is what all cores do in one call; no offsets are needed for the bytes of a unit.
+whole. No offsets are needed for the bytes of a unit. A tokenizer of words gets many units as one text, which takes it
+two thirds of the time.
 """
 
 from __future__ import annotations
