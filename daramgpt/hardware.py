@@ -51,8 +51,17 @@ GPU_TABLE: dict[str, Rates] = {
     "T4": Rates((7, 5), 16, 8.1, 65.0, None, 320),  # data sheet
     "L4": Rates((8, 9), 24, 30.3, 121.0, 121.0, 300),  # data sheet, without sparsity
     "A10": Rates((8, 6), 24, 31.2, 125.0, 125.0, 600),  # data sheet
+    # GeForce: 16-bit products with fp32 accumulation run at twice the fp32 rate (half of what tensor cores could).
+    "RTX 3060": Rates((8, 6), 12, 12.7, 25.5, 25.5, 360),  # data sheet, GA106
+    "RTX 3070": Rates((8, 6), 8, 20.3, 40.6, 40.6, 448),  # data sheet, GA104
+    "RTX 3080": Rates((8, 6), 10, 29.8, 59.5, 59.5, 760),  # data sheet, GA102
     "RTX 3090": Rates((8, 6), 24, 35.6, 71.0, 71.0, 936),  # data sheet, GA102
+    "RTX 4060": Rates((8, 9), 8, 15.1, 30.2, 30.2, 272),  # data sheet, Ada
+    "RTX 4070": Rates((8, 9), 12, 29.1, 58.3, 58.3, 504),  # data sheet, Ada
+    "RTX 4080": Rates((8, 9), 16, 48.7, 97.5, 97.5, 717),  # data sheet, Ada
     "RTX 4090": Rates((8, 9), 24, 82.6, 165.2, 165.2, 1008),  # data sheet, Ada
+    "RTX 5070": Rates((12, 0), 12, 30.9, 61.7, 61.7, 672),  # data sheet, Blackwell
+    "RTX 5080": Rates((12, 0), 16, 56.3, 112.6, 112.6, 960),  # data sheet, Blackwell
     "RTX 5090": Rates((12, 0), 32, 104.8, 209.5, 209.5, 1792),  # data sheet, Blackwell
     "A100": Rates((8, 0), 40, 19.5, 312.0, 312.0, 1555),  # data sheet
     "A100 80GB": Rates((8, 0), 80, 19.5, 312.0, 312.0, 1935),  # data sheet, PCIe
