@@ -383,7 +383,9 @@ def _train_part(
     if part.teacher is not None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
         precision = frozen["teacher_precision"]
-        loaded = teacher.load(_teacher_dir(part, run), precision, teacher.DTYPES[frozen["dtype"]], device)
+        loaded = teacher.load(
+            _teacher_dir(part, run), precision, teacher.DTYPES[frozen["dtype"]], device, run.teacher_weights
+        )
         console(f"teacher: {loaded.num_parameters:,} parameters, {precision}, {loaded.weight_bytes / 1e6:,.1f} MB")
     return train_loop(part, part_run, _shards(run), frozen, loaded, stop, console, run.ledger, machine, label)
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from daramgpt.attention import Documents
+from daramgpt.ds_config import offloads
 from daramgpt.errors import UserError
 from daramgpt.losses import DistillationHead
 from daramgpt.recipe import Loss, Optimizer
@@ -123,6 +124,7 @@ class Distiller:
         self.teacher, self.document_start_id = teacher, document_start_id
         self.module = DistillationModel(student, loss, chunk_tokens)
         self.clip_norm = optimizer.clip_norm
+        self._optimizer_kind = optimizer.kind
         config = {
             **ds_config,
             "train_micro_batch_size_per_gpu": micro_batch_rows,
@@ -132,10 +134,9 @@ class Distiller:
             "steps_per_print": 2**31,
         }
         self.half = any(config.get(kind, {}).get("enabled") is True for kind in ("fp16",))
+        client = _client_optimizer(self.module, optimizer, offloads(ds_config, "optimizer"))
         try:
-            self.engine, *_ = deepspeed.initialize(
-                model=self.module, optimizer=_client_optimizer(self.module, optimizer), config=config
-            )
+            self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=client, config=config)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"engine.ds_config: DeepSpeed refuses it: {reason}", "correct it or use another") from error
@@ -234,7 +235,10 @@ class Distiller:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for state in self.engine.basic_optimizer.state.values():
-            state["step"].fill_(steps)
+            if isinstance(state["step"], torch.Tensor):
+                state["step"].fill_(steps)
+            else:
+                state["step"] = steps
         for name, parameter in self.module.named_parameters():
             values = [tensors[group][name].to(self.device) for group in ("weights", "exp_avg", "exp_avg_sq")]
             states = self._own_state(parameter)
@@ -270,7 +274,8 @@ class Distiller:
             flats = [parameter for group in adam.param_groups for parameter in group["params"]]
         for flat in flats:
             adam.state[flat] = {
-                "step": torch.zeros((), device=flat.device),
+                # DeepSpeed's own optimizer counts in Python.
+                "step": 0 if self._optimizer_kind == "deepspeed-cpu-adam" else torch.zeros((), device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
@@ -324,17 +329,33 @@ def _single_process_environment() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
 
 
-def _client_optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+def _client_optimizer(module: nn.Module, settings: Optimizer, is_offloaded: bool) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     parameters = list(module.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+    constants: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+    }
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **constants)
+    if torch.cuda.is_available() and not is_offloaded:
+        raise UserError(
+            f"optimizer.kind: {settings.kind} works in the memory of the CPU, and this ds_config keeps the optimizer "
+            "on the GPU",
+            'use a ds_config with zero_optimization.offload_optimizer, or optimizer.kind="adamw"',
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, **constants)
+    except Exception as error:  # of the compiler, of ninja, or of loading what they built
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(
+            f"optimizer.kind: {settings.kind} could not be built: {reason}",
+            'install a C++ compiler and ninja, or use optimizer.kind="adamw"',
+        ) from error

@@ -40,6 +40,11 @@ class RunDirectory:
         return self.path / "shards"
 
     @property
+    def teacher_weights(self) -> Path:
+        """A teacher that came pickled, converted."""
+        return self.path / "teacher-weights"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

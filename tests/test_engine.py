@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from daramgpt import checkpoint, student
-from daramgpt.engine import Distiller
+from daramgpt.engine import Distiller, import_deepspeed
+from daramgpt.errors import UserError
 from daramgpt.losses import distillation_loss_reference
 from daramgpt.recipe import Loss, Optimizer, Shape
 from daramgpt.teacher import Teacher
@@ -72,10 +74,24 @@ def documents(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make_distiller(
-    config: str, teacher: Teacher | None, log: Path, model: Any = None, document_start_id: int | None = None
+    config: str,
+    teacher: Teacher | None,
+    log: Path,
+    model: Any = None,
+    document_start_id: int | None = None,
+    kind: str = "adamw",
 ) -> Distiller:
     rows, student_model = ROWS // MICRO, model or make_student()
-    return Distiller(student_model, LOSS, OPTIMIZER, CONFIGS[config], rows, MICRO, 7, teacher, log, document_start_id)
+    optimizer = OPTIMIZER.model_copy(update={"kind": kind})
+    return Distiller(student_model, LOSS, optimizer, CONFIGS[config], rows, MICRO, 7, teacher, log, document_start_id)
+
+
+def check_kind(kind: str) -> None:
+    if kind == "deepspeed-cpu-adam" and "DARAMGPT_COMPILE" not in os.environ:
+        pytest.skip("DeepSpeed's optimizer is compiled first, which takes minutes; set DARAMGPT_COMPILE=1")
+
+
+KINDS = [*((config, "adamw") for config in CONFIGS), *((config, "deepspeed-cpu-adam") for config in CONFIGS)]
 
 
 @pytest.fixture(scope="module", params=[None, EOS], ids=["across-documents", "within-documents"])
@@ -119,23 +135,25 @@ def run_steps(distiller: Distiller, first: int, last: int) -> list[float]:
     return [LOSS.kd_weight * result.kd + LOSS.ce_weight * result.ce for result in results]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "kind"), KINDS)
 def test_losses_equal_a_plain_loop(
-    config: str, teacher: Teacher, document_start_id: int | None, plain_losses: list[float], tmp_path: Path
+    config: str, kind: str, teacher: Teacher, document_start_id: int | None, plain_losses: list[float], tmp_path: Path
 ) -> None:
-    distiller = make_distiller(config, teacher, tmp_path / "log.txt", document_start_id=document_start_id)
+    check_kind(kind)
+    distiller = make_distiller(config, teacher, tmp_path / "log.txt", document_start_id=document_start_id, kind=kind)
     losses = run_steps(distiller, 0, 5)
     distiller.close()
     assert losses == pytest.approx(plain_losses, rel=1e-5)
     assert losses[4] < losses[0]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "kind"), KINDS)
 @pytest.mark.parametrize("forget_moments", [False, True])
 def test_restart_from_a_checkpoint_changes_nothing(
-    config: str, forget_moments: bool, teacher: Teacher, tmp_path: Path
+    config: str, kind: str, forget_moments: bool, teacher: Teacher, tmp_path: Path
 ) -> None:
-    whole = make_distiller(config, teacher, tmp_path / "log.txt")
+    check_kind(kind)
+    whole = make_distiller(config, teacher, tmp_path / "log.txt", kind=kind)
     run_steps(whole, 0, 3)
     checkpoint.save(tmp_path / "checkpoints", whole, {"step": 3}, keep=2)
     run_steps(whole, 3, 6)
@@ -146,7 +164,7 @@ def test_restart_from_a_checkpoint_changes_nothing(
     assert saved is not None
     model = make_student()
     model.load_state_dict(saved.weights(), strict=False)
-    resumed = make_distiller(config, teacher, tmp_path / "log.txt", model)
+    resumed = make_distiller(config, teacher, tmp_path / "log.txt", model, kind=kind)
     tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
     if forget_moments:
         tensors["exp_avg"] = {name: torch.zeros_like(value) for name, value in tensors["exp_avg"].items()}
@@ -167,3 +185,16 @@ def test_weights_have_their_hugging_face_names(tmp_path: Path) -> None:
     missing, unexpected = make_student().load_state_dict(weights, strict=False)
     assert missing == ["lm_head.weight"]
     assert unexpected == []
+
+
+def test_an_optimizer_that_cannot_be_built_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_deepspeed(tmp_path / "log.txt")
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    def fails(self: object) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions\nand more")
+
+    monkeypatch.setattr(CPUAdamBuilder, "load", fails)
+    with pytest.raises(UserError, match=r"optimizer\.kind.*Ninja is required.*compiler") as raised:
+        make_distiller("zero-2-offload", None, tmp_path / "log.txt", kind="deepspeed-cpu-adam")
+    assert "and more" not in str(raised.value)

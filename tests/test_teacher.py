@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -12,7 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from daramgpt import teacher
@@ -48,7 +61,24 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama], ids=["gpt2", "llama"])
+def gpt_neox() -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.15,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+ARCHITECTURES = {"gpt2": gpt2, "llama": llama, "gpt-neox": gpt_neox}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     model = request.param().eval()
     folder = tmp_path_factory.mktemp("teacher")
@@ -64,7 +94,7 @@ def folder(tmp_path: Path) -> Path:
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and not name.endswith("lm_head"):
+        if isinstance(module, (nn.Linear, Conv1D)) and not name.endswith(("lm_head", "embed_out")):
             yield name, module
 
 
@@ -86,10 +116,12 @@ def test_the_blocks_are_bitsandbytes_own_8_bit_layers(saved: tuple[Path, PreTrai
         assert layer.weight.dtype == torch.int8
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         assert layer.weight.shape == weight.shape == (layer.out_features, layer.in_features)
-        assert layer.weight.SCB.dtype == torch.float32
-        dequantised = layer.weight.data * layer.weight.SCB[:, None] / 127
+        # The first LLM.int8 product moves the scales to the layer's state.
+        scales = layer.weight.SCB if precision == "int8" else layer.state.SCB
+        assert scales.dtype == torch.float32
+        dequantised = layer.weight.data * scales[:, None] / 127
         # Half a step of each row, and the rounding to fp16 that bitsandbytes does first: 127 / 2^11 of a step.
-        steps = (dequantised - weight.detach()).abs() * 127 / layer.weight.SCB[:, None]
+        steps = (dequantised - weight.detach()).abs() * 127 / scales[:, None]
         assert float(steps.max()) <= 0.5 + 127 / 2**11
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
@@ -182,3 +214,168 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
     refused(folder)
     (folder / "config.json").write_text("{}")
     refused(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_the_model_that_transformers_loads(
+    tmp_path: Path, architecture: str, tied: bool, dtype: torch.dtype
+) -> None:
+    model = ARCHITECTURES[architecture]()
+    # A head of its own, or the embedding, whatever the architecture has by default.
+    model.config.tie_word_embeddings = tied
+    type(model)(model.config).to(dtype).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    if architecture == "gpt2":
+        for block in expected.transformer.h:
+            block.mlp.act = nn.GELU(approximate="tanh")
+    loaded = teacher.load(tmp_path, "fp32")
+    ids = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.hidden_states(ids), expected.base_model(ids).last_hidden_state)
+    assert torch.equal(loaded.head_weight, expected.get_output_embeddings().weight)
+    is_shared = loaded.head_weight.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
+    assert is_shared == tied
+    small = teacher.load(tmp_path, "int8")
+    assert small.num_parameters == loaded.num_parameters
+    assert (small.head_weight.data_ptr() == small.model.get_input_embeddings().weight.data_ptr()) == tied
+
+
+def test_a_file_without_the_prefix_and_with_old_buffers_loads(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    old = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    ids = torch.arange(16).reshape(2, 8)
+    for precision in ("fp32", "int8", "nf4"):
+        save_file(whole, file, metadata={"format": "pt"})
+        expected = teacher.load(folder, precision).hidden_states(ids)
+        save_file(old, file, metadata={"format": "pt"})
+        assert torch.equal(teacher.load(folder, precision).hidden_states(ids), expected)
+
+
+@pytest.mark.parametrize("precision", teacher.QUANTISED)
+def test_what_is_not_quantised_has_the_compute_dtype(saved: tuple[Path, PreTrainedModel], precision: str) -> None:
+    loaded = teacher.load(saved[0], precision, torch.float16)
+    quantised = (bnb.nn.Int8Params, bnb.nn.Params4bit)
+    held = {parameter.dtype for parameter in loaded.model.parameters() if not isinstance(parameter, quantised)}
+    assert held == {torch.float16}
+    frequencies = [buffer for name, buffer in loaded.model.named_buffers() if name.endswith("inv_freq")]
+    assert all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+def test_nf4_blocks_are_bitsandbytes_own_4_bit_layers(saved: tuple[Path, PreTrainedModel]) -> None:
+    folder, original = saved
+    loaded = teacher.load(folder, "nf4")
+    layers = dict(loaded.model.named_modules())
+    for name, _ in linears(original):
+        assert isinstance(layers[name], bnb.nn.Linear4bit)
+        assert isinstance(layers[name].weight, bnb.nn.Params4bit)
+        assert layers[name].weight.quant_state.quant_type == "nf4"
+    assert torch.equal(loaded.head_weight, original.get_output_embeddings().weight)
+    assert loaded.num_parameters == original.num_parameters()
+    ids = torch.arange(32).reshape(2, 16)
+    exact, close = log_probabilities(teacher.load(folder, "fp32"), ids), log_probabilities(loaded, ids)
+    # Rows of 16 levels are coarse; other weights than these would be far beyond.
+    assert 0 < float((exact.exp() * (exact - close)).sum(-1).mean()) < 0.3
+
+
+@pytest.mark.parametrize("precision", ["fp32", *teacher.QUANTISED])
+def test_weights_that_are_not_finite_are_refused(folder: Path, precision: str) -> None:
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    whole[name][3, 5] = math.nan
+    save_file(whole, file, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        teacher.load(folder, precision)
+    assert name in caught.value.fault and precision in caught.value.fault and "fp32" in caught.value.fault
+
+
+def test_activations_beyond_fp16_are_refused_with_another_dtype_as_mend(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    for name in whole:
+        if "mlp" in name and name.endswith("weight"):
+            whole[name] *= 1000
+    save_file(whole, file, metadata={"format": "pt"})
+    teacher.load(folder, "fp32")
+    for precision in ("fp16", "int8"):
+        with pytest.raises(UserError) as caught:
+            teacher.load(folder, precision, torch.float16)
+        assert "computed in fp16" in caught.value.fault and "precision=fp32" in caught.value.mend
+        assert "weight" not in caught.value.fault
+
+
+def as_pickles(folder: Path, num_files: int) -> None:
+    """Replace the safetensors of a model by pickles, the tied head in them too."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    whole["lm_head.weight"] = whole["transformer.wte.weight"]
+    if num_files == 1:
+        torch.save(whole, folder / "pytorch_model.bin")
+        return
+    names, file_of = sorted(whole), {}
+    for number in range(num_files):
+        file = f"pytorch_model-{number + 1:05d}-of-{num_files:05d}.bin"
+        torch.save({name: whole[name] for name in names[number::num_files]}, folder / file)
+        file_of |= dict.fromkeys(names[number::num_files], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_pickles_are_converted_once_beside_the_run(folder: Path, tmp_path: Path, num_files: int) -> None:
+    ids = torch.arange(16).reshape(2, 8)
+    expected = teacher.load(folder, "fp32").hidden_states(ids)
+    as_pickles(folder, num_files)
+    before = sorted(folder.iterdir())
+    cache = tmp_path / "cache"
+    assert torch.equal(teacher.load(folder, "fp32", cache_dir=cache).hidden_states(ids), expected)
+    made = teacher.converted(folder, cache)
+    assert made.parent == cache and not list(cache.glob("*.partial")) and not list(made.glob("*.bin"))
+    inode = made.stat().st_ino
+    assert teacher.converted(folder, cache).stat().st_ino == inode
+    assert [path for path in sorted(folder.iterdir()) if path != cache] == before
+    # Another source is another conversion.
+    os.utime(next(folder.glob("*.bin")), ns=(1, 1))
+    assert teacher.converted(folder, cache) != made
+
+
+def test_one_of_several_converts(folder: Path, tmp_path: Path) -> None:
+    as_pickles(folder, 1)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    # Each opens the lock file anew, so the lock holds between threads as between processes, and no fork is needed.
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(teacher.converted, [folder] * 4, [cache] * 4))
+    assert len(set(made)) == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_pickle_that_runs_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    marker = tmp_path / "ran"
+    for write in (torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))):
+        write({"weight": Malicious(marker)}, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"pytorch_model\.bin") as caught:
+            teacher.load(folder, "fp32", cache_dir=tmp_path / "cache")
+        assert "\n" not in str(caught.value) and not marker.exists()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ""]
+
+
+@pytest.mark.parametrize("weight_map", [{"a": "../../pytorch_model.bin"}, {"a": 3}, {}, []], ids=str)
+def test_an_index_that_leads_elsewhere_is_refused(folder: Path, tmp_path: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json"):
+        teacher.load(folder, "fp32", cache_dir=tmp_path / "cache")

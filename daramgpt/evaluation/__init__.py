@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from daramgpt.shards import Shards
 
 TEACHER, STUDENT, BASELINE = "teacher", "student", "student without teacher"
-EIGHT_BIT = ("int8", "llm-int8")
 
 
 def evaluate(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> dict[str, Any]:
@@ -144,11 +143,13 @@ def _teachers(recipe: Recipe, run: RunDirectory, plan: dict[str, Any], device: A
         model_dir = run.part("teacher").export
         if not (model_dir / "config.json").is_file():
             raise UserError(f"{model_dir} holds no teacher", f"train it first: python -m daramgpt train {recipe.name}")
-    full = teacher.load(model_dir, "fp32", teacher.DTYPES["fp32"], device)
+    full = teacher.load(model_dir, "fp32", teacher.DTYPES["fp32"], device, run.teacher_weights)
     found = {TEACHER: full}
     precision = plan["teacher_precision"]
     if precision not in (None, "fp32"):
-        found[f"{TEACHER} {precision}"] = teacher.load(model_dir, precision, teacher.DTYPES[plan["dtype"]], device)
+        found[f"{TEACHER} {precision}"] = teacher.load(
+            model_dir, precision, teacher.DTYPES[plan["dtype"]], device, run.teacher_weights
+        )
     return found
 
 

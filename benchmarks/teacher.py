@@ -1,0 +1,412 @@
+"""What each precision of the teacher costs in quality, and what it saves in memory and time.
+
+    python -m benchmarks.teacher --teacher DIR --corpus DIR [--tokens N] [--rows NAME,...] [--seconds N] [--json FILE]
+    python -m benchmarks.teacher --shape full [--tokens N] [--rows NAME,...] [--json FILE]
+
+Every row is a precision and a compute dtype in a process of its own. All rows compute the same batches of real text in
+turn; each batch gives a time, and its hidden states give KL and agreement with the fp32 row, over the whole vocabulary
+but a few positions at a time. README.md defines every key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch.nn.functional import linear
+
+from benchmarks import inputs, machine
+from benchmarks.prepare import find_corpora
+from benchmarks.teacher_sides import (
+    REFERENCE,
+    Configuration,
+    Loaded,
+    Side,
+    configurations,
+    require_rss_anon,
+    save_tiny_model,
+)
+from daramgpt import corpora, hardware, teacher
+from daramgpt.corpora import Corpus, ReadReport
+from daramgpt.curriculum import cut
+from daramgpt.engine import import_deepspeed
+from daramgpt.errors import UserError
+from daramgpt.shards.encode import Encoder
+
+Answer = TypeVar("Answer")
+# At the full shape, whose weights are random, memory is what there is to learn.
+TOKENS = {"given": 100_000, "full": 0}
+ROW_TOKENS, BATCH_TOKENS = 1024, 4096
+# Positions whose logits exist at a time.
+CHUNK_TOKENS = 256
+FULL = inputs.SHAPES["full"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: [V, D] weight and [V] bias or None, in fp32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def log_probabilities(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """[C, V] at T = 1: the product in fp32, the softmax in fp64, for KLs of interest are about 1e-5."""
+        return linear(hidden_CD, self.weight, self.bias).double().log_softmax(dim=-1)
+
+
+@dataclass
+class Sums:
+    """What a row has added up over its batches.
+
+    Attributes:
+        kl: nats.
+        agreed: tokens whose most probable next token is that of the reference.
+        seconds: of each batch.
+    """
+
+    kl: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def compare(hidden: Sequence[torch.Tensor], heads: Sequence[Head], sums: Sequence[Sums]) -> None:
+    """Add the agreement of rows with the reference to their sums, `CHUNK_TOKENS` positions at a time.
+
+    Args:
+        hidden: [N, D] of each row, in fp32; the first is the reference.
+        heads: of each row.
+        sums: of each row; ``kl``, ``agreed`` and ``tokens`` are added to.
+    """
+    for start in range(0, len(hidden[0]), CHUNK_TOKENS):
+        logs = None
+        for hidden_ND, head, total in zip(hidden, heads, sums, strict=True):
+            row_CV = head.log_probabilities(hidden_ND[start : start + CHUNK_TOKENS])
+            if logs is None:
+                logs = row_CV, row_CV.exp(), row_CV.argmax(dim=-1)
+            log_CV, probability_CV, best_C = logs
+            total.kl += float((probability_CV * (log_CV - row_CV)).sum())
+            total.agreed += int((row_CV.argmax(dim=-1) == best_C).sum())
+            total.tokens += len(row_CV)
+
+
+def text_rows(corpus_dir: Path, encoder: Encoder, row_tokens: int, num_rows: int) -> NDArray[np.int64]:
+    """[num_rows, row_tokens] token ids: the beginnings of all corpora in turn, packed, so that any part is a mix.
+
+    Raises:
+        UserError: no corpus, or too little text.
+    """
+    streams = deque(
+        _packed(
+            corpora.find(corpus_dir, name, format),
+            "paragraph" if name == "written" else "sentence",
+            encoder,
+            row_tokens,
+        )
+        for name, format in find_corpora(corpus_dir).items()
+    )
+    rows: list[NDArray[np.int64]] = []
+    while streams and len(rows) < num_rows:
+        if (row := next(streams[0], None)) is None:
+            streams.popleft()
+        else:
+            rows.append(row)
+            streams.rotate(-1)
+    if len(rows) < num_rows:
+        raise UserError(
+            f"{corpus_dir} holds {len(rows) * row_tokens:,} tokens in whole rows, {num_rows * row_tokens:,} are needed",
+            "give more text, or fewer with --tokens",
+        )
+    return np.stack(rows)
+
+
+def _packed(corpus: Corpus, unit: str, encoder: Encoder, row_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of a corpus, documents one after the other with an end of text between them."""
+    tokens: list[int] = []
+    for document in corpora.read(corpus, ReadReport()):
+        if units := cut(document, unit):
+            tokens += [*encoder.encode(units).token_ids.tolist(), encoder.eos_token_id]
+        whole = len(tokens) - len(tokens) % row_tokens
+        for start in range(0, whole, row_tokens):
+            yield np.array(tokens[start : start + row_tokens], dtype=np.int64)
+        del tokens[:whole]
+
+
+def batch_shape(num_tokens: int, max_positions: int) -> tuple[int, int, int]:
+    """Batches, rows in each, tokens in a row, that hold at least so many tokens, at most `BATCH_TOKENS` a batch."""
+    row_tokens = min(ROW_TOKENS, max_positions, num_tokens)
+    num_rows = -(-num_tokens // row_tokens)
+    batch_rows = min(num_rows, max(1, BATCH_TOKENS // row_tokens))
+    return -(-num_rows // batch_rows), batch_rows, row_tokens
+
+
+def measure(
+    teacher_dir: Path,
+    batches: NDArray[np.int64],
+    rows: Sequence[Configuration],
+    folder: Path,
+    most_seconds: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """``checkpoint_bytes``, ``rows`` and ``left_out`` of the result.
+
+    Args:
+        teacher_dir: Hugging Face directory.
+        batches: [number, B, T] token ids; without any, teachers are loaded one by one and nothing more.
+        rows: the reference first.
+        folder: takes a log and a tiny model.
+        most_seconds: of forward passes, after which a row gets no further batch.
+
+    Raises:
+        UserError: the reference cannot be loaded, or has too small a vocabulary.
+    """
+    require_rss_anon()
+    save_tiny_model(folder / "tiny")
+    capable = hardware.detect()
+    left_out: dict[str, str] = {}
+    sides: list[Side] = []
+    try:
+        for row in rows:
+            if (fault := hardware.dtype_fault(capable, row.compute_dtype)) is None:
+                sides.append(Side(row, teacher_dir, folder / "tiny", folder / "log.txt"))
+            else:
+                left_out[row.name] = fault
+        # All at once while they import their libraries, one by one while they load.
+        _keep(sides, Side.wait, left_out)
+        loaded = _keep(sides, lambda side: _load(side, len(batches) > 0, say), left_out)
+        sums = _compare_batches(sides, batches, most_seconds, say) if len(batches) else [Sums() for _ in sides]
+    finally:
+        for side in sides:
+            side.end()
+    return {
+        "checkpoint_bytes": loaded[0].checkpoint_bytes,
+        "rows": [
+            row_of(side.configuration, measured, total)
+            for side, measured, total in zip(sides, loaded, sums, strict=True)
+        ],
+        "left_out": left_out,
+    }
+
+
+def _keep(sides: list[Side], step: Callable[[Side], Answer], left_out: dict[str, str]) -> list[Answer]:
+    """What each side answers to a step; those that refuse are ended and left out, but the reference must not."""
+    answers = []
+    for side in list(sides):
+        try:
+            answers.append(step(side))
+        except UserError as error:
+            if side.configuration.name == REFERENCE:
+                raise
+            left_out[side.configuration.name] = error.fault
+            side.end()
+            sides.remove(side)
+    return answers
+
+
+def _load(side: Side, stays: bool, say: Callable[[str], None]) -> Loaded:
+    """Load a side, which makes room for the next one at once when it is not to stay."""
+    say(f"loading {side.configuration.name}")
+    loaded = side.load()
+    if not stays:
+        side.end()
+    return loaded
+
+
+def _compare_batches(
+    sides: Sequence[Side], batches: NDArray[np.int64], most_seconds: float, say: Callable[[str], None]
+) -> list[Sums]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    heads = []
+    for side in sides:
+        weight, bias = side.head()
+        if batches.max() >= len(weight):
+            raise UserError(
+                f"the tokenizer gives token {batches.max()}, the teacher has {len(weight)}",
+                "give a teacher directory whose tokenizer belongs to it",
+            )
+        heads.append(
+            Head(torch.from_numpy(weight).to(device), None if bias is None else torch.from_numpy(bias).to(device))
+        )
+    sums = [Sums() for _ in sides]
+    for number, batch in enumerate(batches):
+        # The reference always goes on: the others are compared with it.
+        going = [index for index, total in enumerate(sums) if not index or sum(total.seconds) < most_seconds]
+        hidden = []
+        for index in going:
+            output = sides[index].run(batch)
+            sums[index].seconds.append(output.seconds)
+            hidden.append(torch.from_numpy(output.hidden).to(device).flatten(0, 1))
+        compare(hidden, [heads[index] for index in going], [sums[index] for index in going])
+        say(f"batch {number + 1} of {len(batches)}, {len(going)} rows")
+        if len(going) == 1 < len(sides):
+            break
+    return sums
+
+
+def row_of(configuration: Configuration, loaded: Loaded, sums: Sums) -> dict[str, Any]:
+    """One row of the result."""
+    kl = sums.kl / sums.tokens if sums.tokens else math.nan
+    rates: list[float] = []
+    if sums.seconds:
+        batch_tokens = sums.tokens / len(sums.seconds)
+        # The first batch faults in the buffers.
+        rates = [batch_tokens / seconds for seconds in sums.seconds[1:] or sums.seconds]
+    return {
+        "name": configuration.name,
+        "precision": configuration.precision,
+        "compute_dtype": configuration.compute_dtype,
+        "kl_to_fp32": kl if math.isfinite(kl) else None,
+        "top1_agreement": sums.agreed / sums.tokens if math.isfinite(kl) else None,
+        "tokens": sums.tokens,
+        "tokens_per_second": statistics.median(rates) if rates else None,
+        "slowest_and_fastest_repetition": [min(rates), max(rates)] if rates else None,
+        "weight_bytes": loaded.weight_bytes,
+        "load_peak_bytes": loaded.peak_bytes,
+        "load_peak_share": loaded.peak_bytes / loaded.checkpoint_bytes,
+        "load_peak_device_bytes": loaded.device_peak_bytes,
+    }
+
+
+def save_full_teacher(folder: Path) -> None:
+    """The real teacher's shape with random weights, as sharded fp32 safetensors.
+
+    Raises:
+        UserError: too little room.
+    """
+    width = FULL.teacher.n_embd
+    # Embeddings and the matrices of the blocks, in fp32; the rest is within the margin.
+    model_bytes = 4 * width * (FULL.vocab_size + FULL.context_tokens + 12 * width * FULL.teacher.n_layer)
+    free_bytes = shutil.disk_usage(folder.parent).free
+    if free_bytes < 1.1 * model_bytes:
+        raise UserError(
+            f"{folder.parent} has {free_bytes / 1e9:.1f} GB free, the full teacher takes {model_bytes / 1e9:.1f} GB",
+            "set TMPDIR to a folder with more room",
+        )
+    inputs.published_model(FULL, FULL.teacher, eos_token_id=0).save_pretrained(folder, max_shard_size="1GB")
+
+
+def given_text(teacher_dir: Path, corpus_dir: Path, num_tokens: int) -> NDArray[np.int64]:
+    """[number, B, T] batches of real text in the teacher's own tokens.
+
+    Raises:
+        UserError: no such teacher, no tokenizer, no corpus, or too little text.
+    """
+    num_batches, batch_rows, row_tokens = batch_shape(num_tokens, teacher.max_positions(teacher_dir))
+    rows = text_rows(corpus_dir, Encoder(teacher_dir), row_tokens, num_batches * batch_rows)
+    return rows.reshape(num_batches, batch_rows, row_tokens)
+
+
+def random_tokens(num_tokens: int) -> NDArray[np.int64]:
+    """[number, B, T] batches of random tokens of the full shape's vocabulary; none for 0 tokens."""
+    if not num_tokens:
+        return np.empty((0, 0, 0), dtype=np.int64)
+    return np.random.default_rng(inputs.SEED).integers(
+        FULL.vocab_size, size=batch_shape(num_tokens, FULL.context_tokens), dtype=np.int64
+    )
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The table and what stands below it."""
+    header = ("row", "computes in", "KL to fp32", "top-1", "tokens", "tokens/s", "weights", "loading", "of checkpoint")
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    cells = [
+        (
+            row["name"],
+            row["compute_dtype"],
+            cell(row["kl_to_fp32"], ".2e"),
+            cell(row["top1_agreement"], ".3%"),
+            f"{row['tokens']:,}",
+            cell(row["tokens_per_second"], ",.0f"),
+            f"{row['weight_bytes'] / 1e6:,.1f} MB",
+            f"{row['load_peak_bytes'] / 1e6:,.1f} MB",
+            f"{row['load_peak_share']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    lines = [
+        machine.format_table(header, cells),
+        f"KL in nats a token at T = 1 over {result['text']}; batches of {result['batch_tokens']:,} tokens; "
+        f"fp32 checkpoint {result['checkpoint_bytes'] / 1e6:,.1f} MB",
+    ]
+    return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in result["left_out"].items())])
+
+
+def run(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The result without hardware and versions.
+
+    Raises:
+        UserError: anything named by the arguments is missing or unusable.
+    """
+    num_tokens = TOKENS[arguments.shape] if arguments.tokens is None else arguments.tokens
+    rows = configurations(arguments.rows.split(",") if arguments.rows else None)
+    if num_tokens < (1 if arguments.shape == "given" else 0):
+        raise UserError(f"--tokens {num_tokens} is too few", "give more")
+    transformers.logging.disable_progress_bar()
+    # transformers imports it when it saves a model, and its import prints.
+    import_deepspeed(folder / "log.txt")
+    if arguments.shape == "full":
+        teacher_dir = folder / "teacher"
+        say("writing a teacher of the full shape")
+        save_full_teacher(teacher_dir)
+        batches, text = random_tokens(num_tokens), "random tokens"
+    else:
+        if arguments.teacher is None or arguments.corpus is None:
+            raise UserError("--teacher and --corpus are missing", "name both folders, or give --shape full")
+        teacher_dir = teacher.resolve(str(arguments.teacher))
+        batches, text = given_text(teacher_dir, arguments.corpus, num_tokens), "text of the corpora"
+    return {
+        "shape": arguments.shape,
+        "text": text,
+        "batch_tokens": batches[0].size if len(batches) else 0,
+        **measure(teacher_dir, batches, rows, folder, arguments.seconds, say),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--teacher", type=Path, help="folder of the teacher, with its tokenizer")
+    parser.add_argument("--corpus", type=Path, help="folder that holds the corpora")
+    parser.add_argument(
+        "--shape", choices=sorted(TOKENS), default="given", help="full: the real teacher's, random weights"
+    )
+    parser.add_argument(
+        "--tokens", type=int, help=f"at least so many (default: {TOKENS['given']:,}; full: {TOKENS['full']})"
+    )
+    parser.add_argument("--rows", help="names of rows, with commas between them (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of forward passes of a row, at most; one batch at least"
+    )
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parsed = parser.parse_args(arguments)
+    start = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="daramgpt-teacher-") as folder:
+            result = run(parsed, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    machine.write_result(result, parsed.json)
+    print(f"{hardware.detect().describe()}, {time.monotonic() - start:.0f} s")
+    print(format_result(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

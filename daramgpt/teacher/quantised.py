@@ -1,0 +1,131 @@
+"""The quantised layers of a teacher: bitsandbytes' own classes, loaded through transformers' quantiser.
+
+``llm-int8``  bitsandbytes' LLM.int8 (Dettmers et al., arXiv 2208.07339): activations are quantised too.
+``int8``      weight-only: the same int8 rows and fp32 row scales, dequantised before the product. It runs on every
+              device, and at thousands of tokens a batch the dequantisation is a small part of the product.
+``nf4``       4-bit NormalFloat blocks of 64 (QLoRA, arXiv 2305.14314): half the memory, and a larger error.
+
+The weight-only forward is a subclass over the storage of ``Linear8bitLt``: a loaded layer becomes one by its class.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+EIGHT_BIT = ("int8", "llm-int8")
+QUANTISED = (*EIGHT_BIT, "nf4")
+# LLM.int8's outlier threshold: activation columns beyond it are multiplied in 16 bits.
+OUTLIER_THRESHOLD = 6.0
+
+
+def quantisation(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What tells transformers to quantise each linear layer as it is read; it leaves out the output embedding."""
+    from transformers import BitsAndBytesConfig
+
+    if precision == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
+
+
+def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype) -> None:
+    """Give a model that was quantised as it was read its forward, and all that is not quantised the compute dtype."""
+    import bitsandbytes as bnb
+
+    if precision == "int8":
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear8bitLt):
+                module.__class__ = _weight_only_linear()  # type: ignore[assignment]
+    for parameter in model.parameters():
+        if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
+            # The same parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
+            parameter.data = parameter.data.to(compute_dtype)
+    model.config.dtype = compute_dtype
+
+
+def eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> nn.Module:
+    """A frozen ``Linear8bitLt`` that holds `weight` [out, in] as int8 rows with fp32 row scales."""
+    import bitsandbytes as bnb
+
+    kind = _weight_only_linear() if precision == "int8" else bnb.nn.Linear8bitLt
+    layer = kind(
+        weight.shape[1],
+        weight.shape[0],
+        bias=bias is not None,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
+        device="meta",
+    )
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)  # type: ignore[misc]
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data, requires_grad=False)
+    return layer.requires_grad_(False)
+
+
+@cache
+def _weight_only_linear() -> type[nn.Module]:
+    """The weight-only forward over bitsandbytes' storage; made on first use, as importing bitsandbytes is slow."""
+    import bitsandbytes as bnb
+
+    class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
+        """``Linear8bitLt`` whose int8 rows are dequantised into the product; activations keep their dtype."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, scales = self.weight.data, self.weight.SCB  # type: ignore[attr-defined]
+            weight = _buffer(rows.shape, x.dtype, x.device)
+            weight.copy_(rows)
+            weight.mul_((scales / 127.0).to(x.dtype).unsqueeze(1))
+            return nn.functional.linear(x, weight, self.bias)
+
+    return WeightOnlyLinear8bit
+
+
+_buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One scratch matrix that all layers dequantise into: page faults of fresh ones cost more than the arithmetic."""
+    key, size = (dtype, device), shape.numel()
+    if key not in _buffers or _buffers[key].numel() < size:
+        _buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return _buffers[key][:size].view(shape)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights of the model before quantisation, shared ones once."""
+    # A 4-bit parameter holds two weights a byte; its state knows the shape they had.
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and of the scales that bitsandbytes keeps beside them."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        scales = getattr(parameter, "SCB", None) if state is None else state.absmax
+        if scales is not None:
+            total += scales.nbytes
+    return total
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Name of the first weight with a value that is not finite; None where there is none."""
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            values = parameter.data
+            if parameter.dtype == torch.int8:
+                # A row is what its scale is; the first LLM.int8 product moves the scales to the layer's state.
+                values = parameter.SCB if parameter.SCB is not None else module.state.SCB
+            elif (state := getattr(parameter, "quant_state", None)) is not None:
+                values = state.absmax
+            if not bool(values.isfinite().all()):
+                return f"{name}.{key}"
+    return None
