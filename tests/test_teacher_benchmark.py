@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import teacher, teacher_sides
+from benchmarks import teacher, teacher_sides, teacher_tokens
 from benchmarks.teacher_sides import Configuration, Loaded
 from daramgpt import corpora, quickstart
 from daramgpt import teacher as teachers
@@ -79,7 +79,7 @@ class SideHere:
         return teacher_sides.Output(self.teacher.hidden_states(torch.from_numpy(input_ids)).numpy(), 1.0)
 
     def end(self) -> None:
-        self.teacher = None
+        """There is no process to end."""
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_figures_are_those_of_a_plain_computation(
 ) -> None:
     monkeypatch.setattr(teacher, "CHUNK_TOKENS", 50)
     # Two batches, and chunks that divide neither.
-    monkeypatch.setattr(teacher, "BATCH_TOKENS", 3 * ROW_TOKENS)
+    monkeypatch.setattr(teacher_tokens, "BATCH_TOKENS", 3 * ROW_TOKENS)
     arguments = ["--teacher", str(teacher_dir), "--corpus", str(corpus), "--tokens", str(NUM_TOKENS)]
     file = tmp_path / "result.json"
     assert teacher.main([*arguments, "--rows", "int8,fp16", "--json", str(file)]) == 0
@@ -105,7 +105,7 @@ def test_figures_are_those_of_a_plain_computation(
     assert reference["kl_to_fp32"] == 0 and reference["top1_agreement"] == 1
     assert reference["weight_bytes"] == result["checkpoint_bytes"]
     assert int8["weight_bytes"] < reference["weight_bytes"] / 2
-    batches = torch.from_numpy(teacher.given_text(teacher_dir, corpus, NUM_TOKENS))
+    batches = torch.from_numpy(teacher_tokens.given_text(teacher_dir, corpus, NUM_TOKENS))
     assert batches.shape == (2, 3, ROW_TOKENS)
     plain, quantised = (
         (loaded.hidden_states(batches.flatten(0, 1)).double() @ loaded.head_weight.double().T)
@@ -128,24 +128,24 @@ def test_figures_are_those_of_a_plain_computation(
 
 def test_text_is_a_mix_of_all_corpora_in_whole_rows(corpus: Path, teacher_dir: Path) -> None:
     encoder = Encoder(teacher_dir)
-    rows = teacher.text_rows(corpus, encoder, ROW_TOKENS, 8)
+    rows = teacher_tokens.text_rows(corpus, encoder, ROW_TOKENS, 8)
     assert rows.shape == (8, ROW_TOKENS)
-    assert (rows[:4] == teacher.text_rows(corpus, encoder, ROW_TOKENS, 4)).all()
+    assert (rows[:4] == teacher_tokens.text_rows(corpus, encoder, ROW_TOKENS, 4)).all()
     texts = [encoder.tokenizer.decode(row.tolist()) for row in rows]
     for place, name in enumerate(("web", "unpublished", "wiki", "written")):
         first = next(corpora.read(corpora.find(corpus, name, name), ReadReport()))
         paragraph = " ".join(first.paragraphs[0])
         assert texts[place][: len(paragraph)] == paragraph[: len(texts[place])]
     with pytest.raises(UserError, match=r"holds [\d,]+ tokens in whole rows.*--tokens"):
-        teacher.text_rows(corpus, encoder, ROW_TOKENS, 10**6)
+        teacher_tokens.text_rows(corpus, encoder, ROW_TOKENS, 10**6)
 
 
 def test_batches_hold_the_tokens_asked_for() -> None:
-    assert teacher.batch_shape(100_000, 512) == (25, 8, 512)
-    assert teacher.batch_shape(100_000, 2048) == (25, 4, 1024)
-    assert teacher.batch_shape(300, 1024) == (1, 1, 300)
-    assert teacher.batch_shape(5, 2) == (1, 3, 2)
-    assert teacher.batch_shape(4097, 8192) == (2, 4, 1024)
+    assert teacher_tokens.batch_shape(100_000, 512) == (25, 8, 512)
+    assert teacher_tokens.batch_shape(100_000, 2048) == (25, 4, 1024)
+    assert teacher_tokens.batch_shape(300, 1024) == (1, 1, 300)
+    assert teacher_tokens.batch_shape(5, 2) == (1, 3, 2)
+    assert teacher_tokens.batch_shape(4097, 8192) == (2, 4, 1024)
 
 
 def test_a_row_that_is_not_finite_has_no_figure() -> None:
@@ -172,7 +172,7 @@ def test_a_slow_row_stops_and_an_unavailable_one_is_left_out(teacher_dir: Path, 
 @pytest.mark.usefixtures("sides_here")
 def test_without_batches_only_loading_is_measured(teacher_dir: Path, tmp_path: Path) -> None:
     rows = teacher_sides.configurations(["fp32"])
-    result = teacher.measure(teacher_dir, teacher.random_tokens(0), rows, tmp_path, say=lambda line: None)
+    result = teacher.measure(teacher_dir, teacher_tokens.random_tokens(0), rows, tmp_path, say=lambda line: None)
     (row,) = result["rows"]
     assert row["kl_to_fp32"] is None and row["tokens_per_second"] is None and row["tokens"] == 0
     text = {"text": "random tokens", "batch_tokens": 0}
