@@ -421,6 +421,36 @@ def test_the_number_of_processes_does_not_matter(tokenizers: dict[str, Path], tm
     assert directories[0] == directories[1]
 
 
+def test_workers_have_the_next_corpus_before_a_stage_is_finished(
+    tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    submit, finish = workers.Workers.submit, preparation.StreamWriter.finish
+
+    def noting_submit(self: workers.Workers, block: Block, *arguments: Any) -> Any:
+        events.append(block.source)
+        return submit(self, block, *arguments)
+
+    def noting_finish(self: preparation.StreamWriter) -> Any:
+        events.append("finish")
+        return finish(self)
+
+    monkeypatch.setattr(workers.Workers, "submit", noting_submit)
+    monkeypatch.setattr(preparation.StreamWriter, "finish", noting_finish)
+    # All of web, whose last blocks are still with the workers when wiki begins, then some of wiki.
+    listed = [
+        {"name": corpus, "corpus": corpus, "take": take, "unit": "sentence"}
+        for corpus, take in (("web", 10**6), ("wiki", 3000))
+    ]
+    recipe = make_recipe(corpora, stages=listed)
+    recipe = recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"workers": 2})})
+    prepare(recipe, RunDirectory(corpora.parent), tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
+    first_stage = events[: events.index("finish")]
+    assert first_stage.index("wiki") == len(first_stage) - first_stage.count("wiki")
+    assert first_stage.count("wiki") == 2 + workers._BLOCKS_AHEAD
+    assert first_stage.count("web") == events.count("web") > first_stage.count("wiki")
+
+
 KILLED = """
 import sys
 from pathlib import Path

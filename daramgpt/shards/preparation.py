@@ -201,6 +201,7 @@ class _Preparation:
         self._states: dict[str, dict[str, Any]] = progress["corpora"]
         self._sources: dict[str, CorpusSource] = {}
         self._last_save = time.monotonic()
+        self._number = len(self._finished)
         takes = [take_bytes(recipe, stage) for stage in recipe.curriculum.stages]
         self._pace = Pace(say, takes[len(self._finished) :])
 
@@ -220,6 +221,7 @@ class _Preparation:
         return self._finished
 
     def _write_stage(self, number: int) -> dict[str, Any]:
+        self._number = number
         stage = self._recipe.curriculum.stages[number]
         name = stage_file(number, stage.name)
         state, self._under_way = self._under_way, None
@@ -256,6 +258,7 @@ class _Preparation:
                             "heldout_so_far": [source.stream.heldout.num_documents, source.stream.heldout.num_bytes],
                         }
                     )
+            self._begin_next()
             files = training.finish() | heldout.finish()
             counts, heldout_counts = training.counts, heldout.counts
             num_rows, num_heldout_rows = training.num_rows, heldout.num_rows
@@ -299,9 +302,16 @@ class _Preparation:
                 self._workers,
                 self._encoder,
                 self._partial,
+                self._begin_next,
                 self._states.get(name),
             )
         return self._sources[name]
+
+    def _begin_next(self) -> None:
+        """Give the workers the next stage's text, so that they do not wait while this stage's last is written."""
+        if self._number + 1 < len(self._recipe.curriculum.stages):
+            stage = self._recipe.curriculum.stages[self._number + 1]
+            self._source(stage.corpus).begin(stage.unit)
 
     def _writer(self, name: str, state: dict[str, Any] | None) -> StreamWriter:
         return StreamWriter(

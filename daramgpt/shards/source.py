@@ -69,6 +69,7 @@ class CorpusSource:
         workers: encode its blocks.
         encoder: for single documents.
         folder: holds the digests of the documents kept, to know repeats after a fresh start.
+        when_drained: called when the corpus has no more to give to the workers.
         state: from an earlier `save`.
 
     Attributes:
@@ -84,10 +85,11 @@ class CorpusSource:
         workers: Workers,
         encoder: Encoder,
         folder: Path,
+        when_drained: Callable[[], None],
         state: dict[str, Any] | None = None,
     ) -> None:
         self.unit = "sentence"
-        self._corpus, self._workers, self._encoder = corpus, workers, encoder
+        self._encoder = encoder
         self._splitter = recipe.corpus.splitters.get(corpus.name, "rules")
         self._digests = folder / f"{corpus.name}.digests"
         # The next document: number of its block, and its number in it.
@@ -98,6 +100,9 @@ class CorpusSource:
         digests = _read_digests(self._digests, state["digests"] if state else 0)
         self._num_digests = len(digests)
         self._gathering = Gathering(corpus, recipe.corpus.strict, report, digests)
+        self._blocks = workers.encode(
+            corpora.blocks(corpus, skip=self._block), lambda: self.unit, self._splitter, when_drained
+        )
         self.stream: CorpusStream[Encoded] = CorpusStream(self._documents(), recipe.curriculum.heldout_fraction)
         if state:
             self.stream.waiting = deque(self._restored(document) for document in state["waiting"])
@@ -106,6 +111,11 @@ class CorpusSource:
     @property
     def report(self) -> ReadReport:
         return self._gathering.report
+
+    def begin(self, unit: str) -> None:
+        """Let the workers begin with the corpus, before its first stage does."""
+        self.unit = unit
+        self._blocks.begin()
 
     def save(self) -> dict[str, Any]:
         """State from which another source goes on with the document after the last one drawn; digests are synced."""
@@ -129,8 +139,7 @@ class CorpusSource:
         self._digests.unlink(missing_ok=True)
 
     def _documents(self) -> Iterator[EncodedDocument]:
-        blocks = corpora.blocks(self._corpus, skip=self._block)
-        for block, encoded in self._workers.encode(blocks, lambda: self.unit, self._splitter):
+        for block, encoded in self._blocks:
             if not self._place:
                 self._gathering.add(encoded.report)
             for place, document in enumerate(self._of_block(block, encoded)):

@@ -134,28 +134,32 @@ class Workers:
         gc.unfreeze()
 
     def encode(
-        self, blocks: Iterable[Block], unit: Callable[[], str], splitter: str
-    ) -> Iterator[tuple[Block, EncodedBlock]]:
-        """Each block with its tokens, in order; the next ones are under way meanwhile.
+        self, blocks: Iterable[Block], unit: Callable[[], str], splitter: str, when_drained: Callable[[], None]
+    ) -> EncodedBlocks:
+        """Each block with its tokens, in order.
 
         Args:
             unit: asked when a block is handed out.
+            when_drained: called when the last block has been handed out.
+        """
+        return EncodedBlocks(self, blocks, unit, splitter, when_drained)
+
+    @property
+    def num_ahead(self) -> int:
+        """Blocks of a corpus that are handed out at once; 0 where this process encodes them."""
+        return self._num_workers + _BLOCKS_AHEAD if self._processes else 0
+
+    def submit(self, block: Block, unit: str, splitter: str) -> Future[EncodedBlock]:
+        """Encode a block as soon as a process is free.
 
         Raises:
-            UserError: a worker was killed.
+            UserError: a process was killed; raised by the future.
         """
-        if not self._processes:
-            yield from ((block, encode_block(block, unit(), splitter, self._encoder)) for block in blocks)
-            return
-        under_way: deque[tuple[Block, Future[EncodedBlock]]] = deque()
-        for block in blocks:
-            under_way.append((block, self._threads.submit(self._ask, block, unit(), splitter)))
-            if len(under_way) >= self._num_workers + _BLOCKS_AHEAD:
-                first, future = under_way.popleft()
-                yield first, future.result()
-        while under_way:
-            first, future = under_way.popleft()
-            yield first, future.result()
+        if self._processes:
+            return self._threads.submit(self._ask, block, unit, splitter)
+        future: Future[EncodedBlock] = Future()
+        future.set_result(encode_block(block, unit, splitter, self._encoder))
+        return future
 
     def _ask(self, block: Block, unit: str, splitter: str) -> EncodedBlock:
         connection = self._idle.get()
@@ -174,6 +178,47 @@ class Workers:
         if isinstance(answer, tuple):
             raise UserError(*answer)
         raise RuntimeError(f"a process that reads the corpora failed:\n{answer}")
+
+
+class EncodedBlocks:
+    """Blocks of one corpus with their tokens, in order; the next ones are under way meanwhile.
+
+    Iterating raises UserError where a worker was killed. Arguments are those of `Workers.encode`.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        blocks: Iterable[Block],
+        unit: Callable[[], str],
+        splitter: str,
+        when_drained: Callable[[], None],
+    ) -> None:
+        self._workers, self._blocks, self._unit, self._splitter = workers, iter(blocks), unit, splitter
+        self._when_drained = when_drained
+        self._is_drained = False
+        self._under_way: deque[tuple[Block, Future[EncodedBlock]]] = deque()
+
+    def begin(self) -> None:
+        """Hand out the first blocks, so that they are done by the time they are asked for."""
+        self._hand_out(self._workers.num_ahead)
+
+    def __iter__(self) -> Iterator[tuple[Block, EncodedBlock]]:
+        while True:
+            self._hand_out(max(1, self._workers.num_ahead))
+            if not self._under_way:
+                return
+            block, future = self._under_way.popleft()
+            yield block, future.result()
+
+    def _hand_out(self, num_blocks: int) -> None:
+        while len(self._under_way) < num_blocks and not self._is_drained:
+            block = next(self._blocks, None)
+            if block is None:
+                self._is_drained = True
+                self._when_drained()
+            else:
+                self._under_way.append((block, self._workers.submit(block, self._unit(), self._splitter)))
 
 
 def _serve(connection: Connection, tokenizer: Encoder | Path, others: list[Connection]) -> None:
