@@ -234,12 +234,14 @@ class CorpusStream(Generic[UnitsT]):
                         yield Taken(document.id, document.cut(unit), heldout=True)
                     continue
             units = document.cut(unit)
-            if units.num_bytes > left:
+            drawn_bytes = units.num_bytes
+            if drawn_bytes > left:
                 num_units = bisect_left(list(accumulate(map(int, units.unit_bytes))), left) + 1
                 if num_units < len(units.unit_bytes):
                     self.rest = document.rest(unit, num_units)
                     units = units.first(num_units)
-            left -= units.num_bytes
+                    drawn_bytes = units.num_bytes
+            left -= drawn_bytes
             yield Taken(document.id, units)
         if self._heldout_fraction > 0:
             for document in (

@@ -183,8 +183,8 @@ class StreamWriter:
         self.counts.update(
             num_tokens=len(stream),
             text_bytes=int(text_bytes.sum(dtype=np.int64)),
-            unit_bytes=sum(text.num_bytes for text in texts),
-            unknown_bytes=sum(int(text.unknown_bytes.sum(dtype=np.int64)) for text in texts),
+            unit_bytes=int(np.concatenate([text.unit_bytes for text in texts]).sum(dtype=np.int64)),
+            unknown_bytes=int(np.concatenate([text.unknown_bytes for text in texts]).sum(dtype=np.int64)),
             num_units=len(text_bytes),
             num_texts=len(texts),
         )
