@@ -6,9 +6,10 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from daramgpt import teacher
+from daramgpt.attention import Documents
 from daramgpt.errors import UserError
 
 VOCAB = 300
@@ -250,13 +252,63 @@ def test_a_file_without_the_prefix_and_with_old_buffers_loads(folder: Path) -> N
 
 
 @pytest.mark.parametrize("precision", teacher.QUANTISED)
-def test_what_is_not_quantised_has_the_compute_dtype(saved: tuple[Path, PreTrainedModel], precision: str) -> None:
+def test_what_is_not_quantised_has_the_compute_dtype_and_norms_keep_fp32(
+    saved: tuple[Path, PreTrainedModel], precision: str
+) -> None:
     loaded = teacher.load(saved[0], precision, torch.float16)
-    quantised = (bnb.nn.Int8Params, bnb.nn.Params4bit)
-    held = {parameter.dtype for parameter in loaded.model.parameters() if not isinstance(parameter, quantised)}
-    assert held == {torch.float16}
+    for module in loaded.model.modules():
+        is_norm = "Norm" in type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
+                assert parameter.dtype == (torch.float32 if is_norm else torch.float16)
     frequencies = [buffer for name, buffer in loaded.model.named_buffers() if name.endswith("inv_freq")]
     assert all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", teacher.QUANTISED)
+def test_the_residual_stream_is_fp32_and_products_are_not(
+    saved: tuple[Path, PreTrainedModel], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = teacher.load(saved[0], precision, dtype)
+    seen: dict[str, set[torch.dtype]] = {"stream": set(), "product": set(), "attention": set()}
+
+    def note(kind: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda module, arguments: seen[kind].add(arguments[0].dtype)
+
+    for module in loaded.model.base_model.modules():
+        if "Norm" in type(module).__name__:
+            module.register_forward_pre_hook(note("stream"))
+        elif isinstance(module, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)):
+            module.register_forward_pre_hook(note("product"))
+    attend = F.scaled_dot_product_attention
+
+    def noting_attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen["attention"].update(tensor.dtype for tensor in tensors)
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting_attend)
+    ids = torch.arange(32).reshape(2, 16)
+    for documents in (None, Documents(ids, 5)):
+        assert loaded.hidden_states(ids, documents).dtype == dtype
+    assert seen == {"stream": {torch.float32}, "product": {dtype}, "attention": {dtype}}
+
+
+def test_a_residual_stream_beyond_fp16_is_no_fault_of_a_quantised_teacher(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    for number in range(2):
+        # Each product's result is within fp16's range, their sum is not.
+        whole[f"transformer.h.{number}.mlp.c_proj.bias"][3] = 5e4
+    save_file(whole, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not finite"):
+        teacher.load(folder, "fp16")
+    ids = torch.arange(16).reshape(2, 8)
+    exact = teacher.load(folder, "fp32").hidden_states(ids)
+    for precision in teacher.EIGHT_BIT:
+        torch.testing.assert_close(
+            teacher.load(folder, precision, torch.float16).hidden_states(ids).float(), exact, rtol=0, atol=0.02
+        )
 
 
 def test_nf4_blocks_are_bitsandbytes_own_4_bit_layers(saved: tuple[Path, PreTrainedModel]) -> None:

@@ -1,8 +1,8 @@
 """The frozen teacher: tokens in, hidden states and head weight out, its blocks in a chosen precision.
 
 The logits of a teacher are never made here: the loss multiplies hidden states by the head weight chunk by chunk.
-In the quantised precisions the linear layers of the blocks are bitsandbytes' own; the head, the embeddings and the
-norms keep the compute dtype.
+In the quantised precisions the linear layers of the blocks are bitsandbytes' own, the head and the embeddings keep the
+compute dtype, the residual stream and its norms fp32.
 
 Weights are read tensor by tensor from memory-mapped safetensors and quantised one at a time, so that loading holds
 little more than the quantised model itself: 0.36 of the fp32 checkpoint at 24 x 1920 in int8.

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from daramgpt.teacher.residual import is_norm, widen_residual_stream
+
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -35,22 +37,34 @@ def quantisation(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConf
 
 
 def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype) -> None:
-    """Give a model that was quantised as it was read its forward, and all that is not quantised the compute dtype."""
+    """Give a model that was quantised as it was read its forward, and what is not quantised the compute dtype.
+
+    The residual stream and its norms keep fp32; see `residual`.
+    """
     import bitsandbytes as bnb
 
     if precision == "int8":
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear8bitLt):
                 module.__class__ = _weight_only_linear()  # type: ignore[assignment]
-    for parameter in model.parameters():
-        if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
-            # The same parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
-            parameter.data = parameter.data.to(compute_dtype)
+    for module in model.modules():
+        if is_norm(module):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
+                # The same parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
+                parameter.data = parameter.data.to(compute_dtype)
     model.config.dtype = compute_dtype
+    widen_residual_stream(model, model.get_input_embeddings(), compute_dtype)
 
 
-def eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> nn.Module:
-    """A frozen ``Linear8bitLt`` that holds `weight` [out, in] as int8 rows with fp32 row scales."""
+def eight_bit_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, precision: str, device: torch.device | None = None
+) -> nn.Module:
+    """A frozen ``Linear8bitLt`` that holds `weight` [out, in] as int8 rows with fp32 row scales.
+
+    `weight` is on the CPU, as bitsandbytes quantises what moves away from it or stays on it; `device` defaults to that.
+    """
     import bitsandbytes as bnb
 
     kind = _weight_only_linear() if precision == "int8" else bnb.nn.Linear8bitLt
@@ -62,9 +76,30 @@ def eight_bit_linear(weight: torch.Tensor, bias: torch.Tensor | None, precision:
         threshold=OUTLIER_THRESHOLD,
         device="meta",
     )
-    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(weight.device)  # type: ignore[misc]
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False).to(device or weight.device)  # type: ignore[misc]
     if bias is not None:
-        layer.bias = nn.Parameter(bias.data, requires_grad=False)
+        layer.bias = nn.Parameter(bias.data.to(device or weight.device), requires_grad=False)
+    return layer.requires_grad_(False)
+
+
+def four_bit_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A frozen ``Linear4bit`` that holds `weight` [out, in] as NF4 blocks."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        weight.shape[1],
+        weight.shape[0],
+        bias=bias is not None,
+        compute_dtype=compute_dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    parameter: nn.Parameter = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+    layer.weight = parameter.to(device)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data.to(device), requires_grad=False)
     return layer.requires_grad_(False)
 
 
