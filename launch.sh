@@ -2,7 +2,8 @@
 # DaramGPT from a bare python3 to a distilled, evaluated, exported student. Run again, it goes on where it stopped.
 #
 #   bash launch.sh [RECIPE=quickstart] [--corpus DIR] [--ds-config FILE] [--hours H] [--run DIR] [--set key=value ...]
-#                  [--num-gpus N] [--hostfile FILE] [--wheels DIR] [--dry-run]
+#                  [--num-gpus N] [--hostfile FILE [--node-rank N] [--master-addr A] [--master-port P]]
+#                  [--wheels DIR] [--dry-run]
 #   bash launch.sh [--wheels DIR] test [PYTEST ARGUMENTS ...]
 #
 #   RECIPE            quickstart (makes its own corpus and teacher), daramgpt (the full run), or a .toml file
@@ -12,7 +13,10 @@
 #   --run DIR         run directory (default: runs/<recipe>)
 #   --set key=value   override a key of the recipe; may be repeated
 #   --num-gpus N      GPUs to train on (default: all)
-#   --hostfile FILE   machines to train on, as DeepSpeed's launcher reads them
+#   --hostfile FILE   machines to train on, as DeepSpeed's launcher reads them; pdsh and ssh start their ranks
+#   --node-rank N     without pdsh and ssh, one command a machine: its line in the hostfile, from 0. 0 does everything,
+#                     the others only train, once 0 has made the plan; all share one run directory
+#   --master-addr A, --master-port P   of machine 0, for the others (default: its name in the hostfile, 29500)
 #   --wheels DIR      install from the wheels in DIR, without a package index
 #   --dry-run         print what would be installed and run, and why; create nothing
 #   test              install, then run the test suite
@@ -27,16 +31,18 @@ fail() { echo "launch.sh: $1" >&2; exit 2; }
 # --- The command line. Paths stay as they were given: they are relative to the folder you are in. ---
 
 recipe='' extra='' dry_run='' wheels=''
-common=() ranks=() session=() overrides=()
+common=() ranks=() session=() overrides=() node_rank=0
 while (($#)); do
     option=$1; shift
     if [[ $option == --*=* ]]; then set -- "${option#*=}" "$@"; option=${option%%=*}; fi
     case $option in
-    --corpus | --ds-config | --hours | --run | --set | --num-gpus | --hostfile | --wheels)
+    --corpus | --ds-config | --hours | --run | --set | --wheels | --num-gpus | --hostfile | --node-rank | --master-addr | \
+        --master-port)
         (($#)) && [[ $1 && $1 != --* ]] || fail "$option needs a value; see bash launch.sh --help"
         case $option in
         --wheels) [[ -d $1 ]] || fail "--wheels $1: no such folder; name one that holds wheels"; wheels=$(cd "$1" && pwd) ;;
-        --hours) session+=("$option" "$1") ;;
+        --hours | --master-addr | --master-port) session+=("$option" "$1") ;;
+        --node-rank) session+=("$option" "$1") node_rank=$1 ;;
         --num-gpus | --hostfile) ranks+=("$option" "$1") ;;
         --set) common+=("$option" "$1") overrides+=("$1") ;;
         --ds-config) common+=("$option" "$1") overrides+=("engine.ds_config=$1") ;;
@@ -51,6 +57,8 @@ while (($#)); do
     esac
 done
 recipe=${recipe:-quickstart}
+steps=(doctor prepare plan train evaluate export report)
+if [[ $node_rank != 0 ]]; then steps=(train); fi # the other machines join the ranks of the first one
 
 # --- The environment: .venv beside this script, made once. ---
 
@@ -103,7 +111,7 @@ if [[ -n $dry_run ]]; then
     printf '  %s\n' "$(printf '%q ' "${make[@]}")" "$(printf '%q ' "${install[@]}")"
     echo "Would run:"
     if [[ -n $extra ]]; then echo "  python -m pytest $(((!$#)) || printf '%q ' "$@")"; exit 0; fi
-    for command in doctor prepare plan train evaluate export report; do
+    for command in "${steps[@]}"; do
         options=("${common[@]}")
         if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
         if [[ $command == train ]]; then options+=("${session[@]}"); fi
@@ -180,7 +188,8 @@ daramgpt() {
     while true; do
         interrupted='' status=0
         wait "$child" || status=$?
-        ((status == 127)) || code=$status # 127: it was gone already
+        # 127: it was gone already; 255: it went while the signal was being answered.
+        ((status == 127 || (status == 255 && ${#interrupted}))) || code=$status
         if [[ -z $interrupted ]] || ((status <= 128)); then break; fi # else the signal ended the wait, not the command
     done
     child=''
@@ -194,7 +203,7 @@ code=0
 daramgpt status "$recipe" "${common[@]}" --quiet || code=$?
 if ((code != 3)); then exit "$code"; fi # 0: all is done, and it said so; 3: there is work left
 
-for command in doctor prepare plan train evaluate export report; do
+for command in "${steps[@]}"; do
     options=("${common[@]}")
     if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
     if [[ $command == train ]]; then options+=("${session[@]}"); fi

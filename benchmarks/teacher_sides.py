@@ -10,6 +10,7 @@ all of them alike.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import time
@@ -226,6 +227,8 @@ def _serve(configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log:
     transformers.logging.set_verbosity_error()
     # transformers imports it as well, while a model is loaded.
     import_deepspeed(log)
+    # transformers imports torch's compiler with an architecture, and that of torch 2.7 fails to import under a device.
+    importlib.import_module("torch._dynamo")
     # Imports the teacher's architecture, which would count as its memory; `load` says what is wrong with a broken one.
     with contextlib.suppress(ValueError), torch.device("meta"):
         transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(teacher_dir))

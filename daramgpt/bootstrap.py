@@ -71,6 +71,9 @@ def describe(recipe: str, overrides: list[str]) -> str:
         reasons["teacher_precision"] = (
             f"the recipe or the command line says so; this machine would have {choices.teacher_precision}"
         )
+    else:
+        candidates = ", ".join(hardware.teacher_candidates(machine, dtype))
+        reasons["teacher_precision"] += f"; plan measures {candidates} here and takes {hardware.TEACHER_RULE}"
     rows = [
         ("machine", machine.describe(), ""),
         ("dtype", dtype, reasons["dtype"]),

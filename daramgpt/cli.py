@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from daramgpt.launcher import Nodes
     from daramgpt.progress import Console
     from daramgpt.recipe import Recipe
     from daramgpt.run_directory import RunDirectory
@@ -41,6 +41,15 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory; de
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key.")]
 NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ranks on this machine; default: all.")]
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile of several machines.")]
+NodeRankOption = Annotated[
+    int | None, typer.Option("--node-rank", min=0, help="One command a node: line of this machine in the hostfile.")
+]
+MasterAddrOption = Annotated[
+    str | None, typer.Option("--master-addr", help="Address of the first node; default: its name in the hostfile.")
+]
+MasterPortOption = Annotated[
+    int | None, typer.Option("--master-port", min=1, max=65535, help="Free port of the first node; default: 29500.")
+]
 
 
 # A failed write of data, unlike a failed opening, does not say which file it was for.
@@ -70,6 +79,15 @@ def _begin(
                 f"--run: {directory.path} cannot be made ({error.strerror})", "give a folder that can be written"
             ) from None
     return resolved, directory, Console(directory.log if keeps_log else None)
+
+
+def _nodes(num_gpus: int | None, hostfile: Path | None, *options: Any) -> Nodes | None:
+    from daramgpt import launcher
+    from daramgpt.errors import UserError
+
+    if num_gpus is not None and hostfile is not None:
+        raise UserError("--num-gpus and --hostfile both say how many ranks there are", "give one of them")
+    return launcher.read_nodes(hostfile, *options)
 
 
 @app.command()
@@ -119,8 +137,9 @@ def plan(
     """Choose micro-batch, precision and schedule, predict memory and hours, and freeze them in plan.json."""
     from daramgpt import commands
 
+    nodes = _nodes(num_gpus, hostfile)
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
-    commands.plan(resolved, directory, console, commands.num_ranks(num_gpus, hostfile))
+    commands.plan(resolved, directory, console, num_gpus, nodes)
 
 
 @app.command()
@@ -133,12 +152,16 @@ def train(
     settings: SetOption = None,
     num_gpus: NumGpusOption = None,
     hostfile: HostfileOption = None,
+    node_rank: NodeRankOption = None,
+    master_addr: MasterAddrOption = None,
+    master_port: MasterPortOption = None,
 ) -> None:
     """Train, from the newest checkpoint on, until the end, the deadline, or a signal."""
     from daramgpt import commands
 
+    nodes = _nodes(num_gpus, hostfile, node_rank, master_addr, master_port)
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
-    commands.train_on_ranks(resolved, directory, console, hours, sys.argv[1:], hostfile)
+    commands.train_on_ranks(resolved, directory, console, hours, num_gpus, nodes)
 
 
 @app.command()
@@ -237,22 +260,21 @@ def generate(
 
 @app.command("train-rank", hidden=True)
 def train_rank(
-    recipe: RecipeArgument,
-    corpus: CorpusOption = None,
-    ds_config: DsConfigOption = None,
+    run: Annotated[Path, typer.Argument()],
+    node: Annotated[int, typer.Option("--node")],
+    session_start: Annotated[float, typer.Option("--session-start")],
     hours: HoursOption = None,
-    run: RunOption = None,
-    settings: SetOption = None,
-    num_gpus: NumGpusOption = None,
-    hostfile: HostfileOption = None,
 ) -> None:
     """One rank of a training that a launcher has started."""
     from daramgpt import commands
+    from daramgpt import recipe as recipes
     from daramgpt.progress import Console
+    from daramgpt.run_directory import RunDirectory
 
-    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
+    directory = RunDirectory(run)
+    resolved = recipes.load(str(directory.session_recipe(node)))
     is_first = os.environ["RANK"] == "0"
-    commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours)
+    commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours, session_start)
 
 
 # As shells say that Ctrl-C ended a command.
@@ -268,6 +290,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     from typer.exceptions import TyperException
 
     from daramgpt.errors import UserError
+    from daramgpt.launcher import RankError
 
     try:
         result = run()
@@ -291,13 +314,13 @@ def _guarded(run: Callable[[], Any]) -> int:
                 "make room there, or give another --run, and run the same command again"
             )
         raise
-    except subprocess.CalledProcessError as error:
-        print(f"a rank failed ({error}); its traceback is in {_folder_in_use}/log.txt", file=sys.stderr)
+    except RankError as error:
+        print(error, file=sys.stderr)
         return 1
 
 
 def _refuse(line: str) -> int:
-    from daramgpt.commands import REFUSAL
+    from daramgpt.launcher import REFUSAL
 
     print(f"{REFUSAL}{' '.join(line.split())}", file=sys.stderr)
     return 2

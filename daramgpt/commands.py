@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +20,10 @@ from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, locked, write_atomically
 
 if TYPE_CHECKING:
+    from daramgpt.launcher import Nodes
     from daramgpt.progress import Console
     from daramgpt.shards import Shards
 
-# How a command's line for the user begins.
-REFUSAL = "error: "
 # Text that a tokenizer is trained from.
 TOKENIZER_TEXT_BYTES = 3_000_000
 
@@ -159,15 +155,25 @@ def _parts(recipe: Recipe, run: RunDirectory) -> list[tuple[str, Recipe, RunDire
     return parts
 
 
-def plan(recipe: Recipe, run: RunDirectory, console: Console, num_ranks: int | None = None) -> None:
-    """Freeze what shapes the arithmetic of the run and its parts; what is frozen already stays."""
+def plan(
+    recipe: Recipe, run: RunDirectory, console: Console, num_gpus: int | None = None, nodes: Nodes | None = None
+) -> None:
+    """Freeze what shapes the arithmetic of the run and its parts; what is frozen already stays.
+
+    Args:
+        recipe, run: as from `resolve`.
+        console: for lines.
+        num_gpus: ranks, all on this machine; None = one a GPU.
+        nodes: several machines; each is taken to be like this one.
+    """
     from daramgpt import planner
 
     machine = hardware.detect()
     with locked(run):
         missing = [part for part in _parts(recipe, run) if planner.read_plan(part[2]) is None]
         if missing:
-            _make_plans(recipe, run, missing, machine, num_ranks)
+            ranks_here = max(nodes.slots.values()) if nodes else num_gpus or max(1, len(machine.gpus))
+            _make_plans(recipe, run, missing, machine, nodes.num_ranks if nodes else ranks_here, ranks_here)
         console(f"machine: {machine.describe()}")
         for label, _, part_run in _parts(recipe, run):
             frozen = planner.read_plan(part_run)
@@ -180,7 +186,8 @@ def _make_plans(
     run: RunDirectory,
     parts: list[tuple[str, Recipe, RunDirectory]],
     machine: hardware.Machine,
-    num_ranks: int | None,
+    world_size: int,
+    ranks_here: int,
 ) -> None:
     import torch
 
@@ -198,11 +205,8 @@ def _make_plans(
         if fault := hardware.dtype_fault(machine, dtype):
             reason = chosen.reasons["ds_config"]
             raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config} ({reason})")
-    precision = chosen.teacher_precision
-    if recipe.teacher is not None and recipe.teacher.precision != "auto":
-        precision, reasons["teacher_precision"] = recipe.teacher.precision, "the recipe or the command line says so"
-    device = torch.device("cuda" if machine.gpus else "cpu")
-    rate = planner.gemm_rate(dtype, (4096, 8192) if machine.gpus else (1024, 2048), device)
+    device = torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
+    rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
     vocab_size = shards.vocab_size
     if recipe.teacher is not None and recipe.teacher.model:
         # An embedding may have more rows than the tokenizer has tokens; the student learns the teacher's logits.
@@ -212,14 +216,25 @@ def _make_plans(
                 f"teacher.model: its tokenizer has {shards.vocab_size} tokens, its embedding {vocab_size} rows",
                 "give a model with the tokenizer it was trained with",
             )
-    world_size = num_ranks or max(1, len(machine.gpus))
     for _, part, part_run in parts:
-        teacher_shape = None
+        teacher_shape, precision = None, chosen.teacher_precision
         if part.teacher is not None and part.teacher.train is not None:
             train = part.teacher.train
             teacher_shape = planner.ModelShape(train.n_embd, train.n_layer, vocab_size, shards.context_tokens)
         elif part.teacher is not None:
             teacher_shape = planner.teacher_shape(_teacher_dir(part, run))
+        if part.teacher is not None and part.teacher.precision != "auto":
+            precision, reasons["teacher_precision"] = part.teacher.precision, "the recipe or the command line says so"
+        elif teacher_shape is not None:
+            precision, reasons["teacher_precision"] = planner.choose_teacher_precision(
+                part,
+                machine,
+                dtype=dtype,
+                teacher=teacher_shape,
+                context_tokens=shards.context_tokens,
+                vocab_size=vocab_size,
+                world_size=world_size,
+            )
         planner.make_plan(
             part,
             part_run,
@@ -229,7 +244,7 @@ def _make_plans(
             teacher=teacher_shape,
             memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes,
             flops_per_second=rate,
-            num_threads=max(1, machine.num_cores // world_size),
+            num_threads=max(1, machine.num_cores // ranks_here),
             world_size=world_size,
             dtype=dtype,
             teacher_precision=precision,
@@ -243,8 +258,8 @@ def train_on_ranks(
     run: RunDirectory,
     console: Console,
     hours: float | None,
-    arguments: list[str],
-    hostfile: Path | None,
+    num_gpus: int | None,
+    nodes: Nodes | None,
 ) -> None:
     """Train in this process, or where the plan has several ranks, in as many that DeepSpeed's launcher starts.
 
@@ -252,69 +267,54 @@ def train_on_ranks(
         recipe, run: as from `resolve`.
         console: for lines.
         hours: as from `train`.
-        arguments: of the command line, ``train`` first; the ranks get them too.
-        hostfile: DeepSpeed's, of several machines.
+        num_gpus: ranks on this machine that the command line asks for; must be those of the plan.
+        nodes: several machines; as from `launcher.read_nodes`.
 
     Raises:
-        UserError: there is no plan, or a rank refused to go on.
-        subprocess.CalledProcessError: a rank failed.
+        UserError: there is no plan or it is for other ranks, the shards are missing, or a rank refused to go on.
+        launcher.RankError: a rank failed.
     """
-    from daramgpt import planner
+    from daramgpt import launcher, planner
 
+    node_rank = nodes.node_rank if nodes else None
+    where = f" on the first node, and share its run directory or copy it to {run.path}" if node_rank else ""
     frozen = planner.read_plan(run)
     if frozen is None:
-        raise UserError(f"{run.plan} is missing", f"plan the run first: python -m daramgpt plan {recipe.name}")
-    with locked(run):
-        run.stop_request.unlink(missing_ok=True)
-        if frozen["world_size"] == 1 and hostfile is None:
+        raise UserError(f"{run.plan} is missing", f"plan the run first{where}: python -m daramgpt plan {recipe.name}")
+    world_size = frozen["world_size"]
+    _check_ranks(run, world_size, num_gpus, nodes)
+    if nodes is not None and not (run.shards / "index.json").is_file():
+        raise UserError(f"{run.shards} holds no shards", f"prepare the run first{where}")
+    with locked(run, node_rank):
+        if not node_rank:
+            # That of another node is not this one's to remove.
+            run.stop_request.unlink(missing_ok=True)
+        if world_size == 1:
             train(recipe, run, console, hours)
             return
-        where = ["--hostfile", str(hostfile)] if hostfile else ["--num_accelerators", str(frozen["world_size"])]
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), *where, "--no_local_rank", "--module"]
-        _wait_for_ranks([*launcher, "daramgpt", "train-rank", *arguments[1:]], run)
+        if nodes is not None and node_rank is not None:
+            console(
+                f"node {node_rank} of {len(nodes.slots)}: joining {nodes.address}:{nodes.port}; "
+                f"node 0 shows the progress, what goes wrong here is in {run.node_log(node_rank)}"
+            )
+        write_atomically(run.session_recipe(node_rank), recipes.dump(recipe))
+        arguments = ["train-rank", str(run.path), "--node", str(node_rank or 0), "--session-start"]
+        arguments += [str(_session_start()), *(["--hours", str(hours)] if hours is not None else [])]
+        launcher.start_ranks(arguments, world_size, nodes, run)
 
 
-def _wait_for_ranks(command: list[str], run: RunDirectory) -> None:
-    """Run the launcher; a signal to this process becomes a stop request that the ranks agree on.
-
-    The launcher itself answers SIGTERM by killing the ranks, so it must not get one: it has a session of its own.
-    """
-    with run.log.open("a", encoding="utf-8") as log:
-        log.seek(0, os.SEEK_END)
-        begin = log.tell()
-        process = subprocess.Popen(command, stderr=log, start_new_session=True)
-
-        def on_signal(number: int, _: Any) -> None:
-            run.stop_request.touch()
-            signal.signal(signal.SIGINT, lambda *_: process.kill())
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        code = process.wait()
-    if not code:
-        return
-    with run.log.open("rb") as log_bytes:
-        log_bytes.seek(begin)
-        lines = log_bytes.read().decode("utf-8", errors="replace").splitlines()
-    # What a rank refuses it says as a command does; every rank says the same.
-    if refusals := [line for line in lines if line.startswith(REFUSAL)]:
-        raise UserError(f"a rank stopped: {refusals[0].removeprefix(REFUSAL)}", "then run the same command again")
-    raise subprocess.CalledProcessError(code, command)
-
-
-def num_ranks(num_gpus: int | None, hostfile: Path | None) -> int | None:
-    """Ranks that the command line asks for; None leaves it to the machine.
-
-    Raises:
-        UserError: the hostfile cannot be read.
-    """
-    if hostfile is None:
-        return num_gpus
-    try:
-        lines = [line.split("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
-        return sum(int(line.split("slots=")[1]) for line in lines if line)
-    except (OSError, IndexError, ValueError):
-        raise UserError(f"--hostfile {hostfile} cannot be read", 'write a line "HOST slots=N" a machine') from None
+def _check_ranks(run: RunDirectory, world_size: int, num_gpus: int | None, nodes: Nodes | None) -> None:
+    """Refuse ranks other than those of the plan: every one of them has its share of each batch."""
+    asked = nodes.num_ranks if nodes else num_gpus
+    option = "--hostfile" if nodes else "--num-gpus"
+    gpus = hardware.detect().gpus
+    if asked is None and 0 < len(gpus) < world_size:
+        asked, option = len(gpus), "this machine's GPUs"
+    if asked not in (None, world_size):
+        raise UserError(
+            f"{run.plan} is for {world_size} ranks, {option}: {asked}",
+            "give train the --num-gpus or --hostfile that plan was given, or remove the plans and plan again",
+        )
 
 
 def run_directory(source: str, run_path: Path | None) -> RunDirectory:
@@ -326,21 +326,26 @@ def run_directory(source: str, run_path: Path | None) -> RunDirectory:
     return RunDirectory(run_path.absolute() if run_path else (Path("runs") / recipes.load(source).name).absolute())
 
 
-def train(recipe: Recipe, run: RunDirectory, console: Console, hours: float | None) -> str:
+def train(
+    recipe: Recipe, run: RunDirectory, console: Console, hours: float | None, session_start: float | None = None
+) -> str:
     """Train the run and its parts on this rank, as far as the session goes.
 
     Args:
         recipe, run: as from `resolve`.
         console: for lines.
         hours: of this session; None = as the recipe says.
+        session_start: Unix time; None = as ``launch.sh`` says, else now.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``.
     """
-    from daramgpt import planner
+    from daramgpt import launcher, planner
     from daramgpt.train import StopRequest
 
-    stop = StopRequest(_deadline(recipe.budget.session_hours if hours is None else hours), run.stop_request)
+    hours = recipe.budget.session_hours if hours is None else hours
+    start = _session_start() if session_start is None else session_start
+    stop = StopRequest(None if hours is None else start + 3600 * hours, run.stop_request)
     stop.listen()
     machine = hardware.detect().describe()
     for label, part, part_run in _parts(recipe, run):
@@ -351,8 +356,11 @@ def train(recipe: Recipe, run: RunDirectory, console: Console, hours: float | No
         if reason != "done":
             console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
             return reason
-        if label == "teacher" and os.environ.get("RANK", "0") == "0":
-            _export_teacher(part, part_run, run)
+        if label == "teacher":
+            if os.environ.get("RANK", "0") == "0":
+                _export_teacher(part, part_run, run)
+            # The others must not load it before it is there.
+            launcher.check_agreement({"the teacher": "exported"}, run.log)
     return "done"
 
 
@@ -367,9 +375,18 @@ def _train_part(
     machine: str,
 ) -> str:
     """One training; returns at once where all its steps are trained."""
-    from daramgpt import checkpoint
+    from daramgpt import checkpoint, launcher
 
     saved = checkpoint.newest(part_run.checkpoints, console)
+    facts = {
+        "settings": part.model_dump_json(exclude={"corpus": True, "teacher": {"model"}, "engine": {"ds_config"}}),
+        "plan.json": json.dumps(frozen),
+        "shards": _text(run.shards / "index.json"),
+        "checkpoints": f"{saved.path.name} {saved.sha256}" if saved else "none",
+    }
+    if part.teacher is not None:
+        facts["the teacher's config.json"] = _text(_teacher_dir(part, run) / "config.json")
+    launcher.check_agreement(facts, run.log)
     if saved is not None and saved.state["step"] >= frozen["num_steps"]:
         console(f"{label}: all {frozen['num_steps']:,} steps are trained")
         return "done"
@@ -403,6 +420,11 @@ def _export_teacher(part: Recipe, part_run: RunDirectory, run: RunDirectory) -> 
         export.save_model(model, tokenizer_dir, part_run.export, record=record)
 
 
+def _text(path: Path) -> str:
+    """Of a small file; empty where there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
 def _teacher_dir(recipe: Recipe, run: RunDirectory) -> Path:
     """Directory of the run's teacher; `run` is the run itself, not a part."""
     from daramgpt import teacher
@@ -413,11 +435,9 @@ def _teacher_dir(recipe: Recipe, run: RunDirectory) -> Path:
     return run.part("teacher").export
 
 
-def _deadline(hours: float | None) -> float | None:
-    """Unix time at which a session of so many hours is over; ``launch.sh`` says when it began."""
-    if hours is None:
-        return None
-    return float(os.environ.get("DARAMGPT_SESSION_START") or time.time()) + 3600 * hours
+def _session_start() -> float:
+    """Unix time at which the session began; ``launch.sh`` says when."""
+    return float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
 
 
 def _shards(run: RunDirectory) -> Shards:

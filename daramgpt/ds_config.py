@@ -28,7 +28,7 @@ TOP_LEVEL_KEYS = _keys(
     zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     fp16 bf16 data_types
     communication_data_type prescale_gradients gradient_predivide_factor disable_allgather
-    aio comms_logger flops_profiler timers memory_breakdown dump_state disable_python_gc log_level
+    comms_logger flops_profiler timers memory_breakdown dump_state disable_python_gc log_level
     """
 )
 SECTION_KEYS: dict[str, frozenset[str]] = {
@@ -65,6 +65,10 @@ SECTION_KEYS: dict[str, frozenset[str]] = {
         """
     ),
     "data_types": _keys("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "flops_profiler": _keys("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
+    "comms_logger": _keys("enabled prof_all prof_ops verbose debug"),
+    "timers": _keys("throughput"),
+    "timers.throughput": _keys("enabled synchronized"),
 }
 # What DeepSpeed reads too, but the recipe or the plan decides, and where.
 OURS = {
@@ -90,12 +94,29 @@ OURS = {
 # Its other sections, for features that this trainer has no use for.
 NOT_USED = _keys(
     """
-    autotuning compile compression_training csv_monitor tensorboard wandb comet expert_parallel hybrid_engine
+    aio autotuning compile compression_training csv_monitor tensorboard wandb comet expert_parallel hybrid_engine
     pipeline quantize_training sparse_gradients tensor_parallel vocabulary_size weight_quantization
     use_data_before_expert_parallelism seq_parallel_communication_data_type sequence_parallel_size
     datastates_ckpt elasticity eigenvalue progressive_layer_drop sparse_attention graph_harvesting nebula
     """
 )
+
+_COMPILED = "DeepSpeed compiles its kernels, and nothing is compiled here"
+_OWN_OPTIMIZER = "it works only with DeepSpeed's own optimizer, and checkpoints hold fp32 weights and moments"
+# What DeepSpeed knows and this trainer cannot run: the values that leave it off, and why. Each was tried.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "zero_optimization.zero_quantized_weights": ((False,), _COMPILED),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _COMPILED),
+    "zero_optimization.zero_quantized_gradients": ((False,), _COMPILED),
+    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has dropped it"),
+    "zero_optimization.stage3_module_granularity_threshold": ((0,), "DeepSpeed fails on the tied head with it"),
+    "zero_optimization.zenflow": ((None,), _OWN_OPTIMIZER),
+    "zero_optimization.offload_optimizer.ratio": ((1.0,), _OWN_OPTIMIZER),
+    "zero_optimization.offload_optimizer.super_offload": ((False,), _OWN_OPTIMIZER),
+    "fp16.fp16_master_weights_and_grads": ((False,), _OWN_OPTIMIZER),
+    "bf16.bf16_master_weights_and_grads": ((False,), _OWN_OPTIMIZER),
+    "bf16.bf16_optimizer_states": ((False,), _OWN_OPTIMIZER),
+}
 
 
 def names() -> list[str]:
@@ -148,15 +169,17 @@ def check(config: Any, where: str) -> None:
             raise UserError(f'ds_config {where}: "{key}" is not used by this trainer', "delete it")
         _check_known(key, TOP_LEVEL_KEYS, where, key, {*OURS, *NOT_USED})
     for section, known in SECTION_KEYS.items():
-        table: Any = config
-        for part in section.split("."):
-            table = table.get(part) if isinstance(table, dict) else None
+        table = _at(config, section)
         if table is None:
             continue
         if not isinstance(table, dict):
             raise UserError(f'ds_config {where}: "{section}" needs an object', f'write it as "{section}": {{...}}')
         for key in table:
             _check_known(key, known, where, f"{section}.{key}", set())
+    for key, (harmless, reason) in UNSUPPORTED.items():
+        value = _at(config, key)
+        if value is not None and value not in harmless:
+            raise UserError(f"ds_config {where}: {key} is not supported here: {reason}", "delete it")
     for key, value in _flatten(config):
         if key.endswith("enabled") and not isinstance(value, bool):
             raise UserError(
@@ -169,6 +192,23 @@ def check(config: Any, where: str) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"ds_config {where}: zero_optimization.stage is {json.dumps(stage)}", "write 0, 1, 2 or 3")
+    if stage == 0 and dtype(config) != "fp32":
+        raise UserError(
+            f"ds_config {where}: {dtype(config)} without ZeRO: zero_optimization.stage is 0, where DeepSpeed keeps the "
+            "fp32 weights out of reach of the checkpoints",
+            "write stage 1, which on one GPU is the same arithmetic",
+        )
+    for what in ("optimizer", "param"):
+        device = (zero.get(f"offload_{what}") or {}).get("device", "none")
+        if device not in ("cpu", "none"):
+            raise UserError(
+                f"ds_config {where}: zero_optimization.offload_{what}.device is {json.dumps(device)}"
+                + (f": {_COMPILED}" if device == "nvme" else ""),
+                'write "cpu" or "none"',
+            )
+    if stage != 0 and (config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0):
+        key = "prescale_gradients" if config.get("prescale_gradients") else "gradient_predivide_factor"
+        raise UserError(f'ds_config {where}: "{key}" does not go with ZeRO-{stage}', "delete it")
     if offloads(config, "optimizer") and stage == 0:
         raise UserError(
             f"ds_config {where}: offload_optimizer needs ZeRO, zero_optimization.stage is 0", "write stage 1, 2 or 3"
@@ -194,6 +234,14 @@ def offloads(config: dict[str, Any], what: str) -> bool:
     """Whether "optimizer" or "param" is kept off the device."""
     table = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
     return table.get("device", "none") != "none"
+
+
+def _at(config: dict[str, Any], path: str) -> Any:
+    """What lies at a dotted path; None where nothing does."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _check_known(key: str, known: frozenset[str], where: str, full_key: str, others: set[str]) -> None:

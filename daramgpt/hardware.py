@@ -23,6 +23,11 @@ TORCH_PIN = "2.13.0"
 # The last release on the package index whose wheels hold kernels below TORCH_PIN_FROM.
 TORCH_PIN_OLD_GPUS = "2.7.1"
 TORCH_PIN_FROM = (7, 5)
+# Integer matrix products, which LLM.int8 needs.
+LLM_INT8_FROM = (7, 5)
+# A precision of the teacher may be this much slower than the fastest where it takes less memory.
+TEACHER_TOLERANCE = 0.10
+TEACHER_RULE = f"the smallest at most {TEACHER_TOLERANCE:.0%} slower than the fastest, of equals in size the most exact"
 
 Capability = tuple[int, int]
 
@@ -116,7 +121,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What suits a machine; a recipe may say otherwise. `reasons` has one entry a field."""
+    """What suits a machine; a recipe may say otherwise. `reasons` has one entry a field.
+
+    `teacher_precision` is what capability alone says: a plan measures it against the other `teacher_candidates`.
+    """
 
     dtype: str
     teacher_precision: str
@@ -156,6 +164,26 @@ def choose(machine: Machine) -> Choices:
             "torch_pin": torch_reason,
         },
     )
+
+
+def teacher_candidates(machine: Machine, dtype: str) -> tuple[str, ...]:
+    """Precisions of a teacher that `machine` can run well beside a student trained in `dtype`.
+
+    In order of preference: least memory first, of equal memory the most exact first. nf4 is not among them: a layer in
+    it is off by 9 %, in int8 by 0.6 %, so it is for a teacher that does not fit otherwise.
+    """
+    capability = machine.capability
+    unrounded = {dtype}
+    if capability is None:
+        return ("int8", *unrounded)
+    if dtype == "fp32" and capability >= (7, 0):
+        # There 16-bit products run at several times the rate of fp32.
+        unrounded.add("bf16" if capability >= (8, 0) else "fp16")
+    elif capability < (7, 0):
+        # There fp32 products run at the same rate.
+        unrounded.add("fp32")
+    eight_bit = ("int8", "llm-int8") if capability >= LLM_INT8_FROM else ("int8",)
+    return (*eight_bit, *sorted(unrounded, key="bf16 fp16 fp32".index))
 
 
 def dtype_fault(machine: Machine, dtype: str) -> str | None:
@@ -246,7 +274,7 @@ def _choose_teacher_precision(machine: Machine) -> tuple[str, str]:
     capability = machine.capability
     if capability is None:
         return "int8", f"{why}and on a CPU the product itself stays in fast fp32"
-    if capability < (7, 5):
+    if capability < LLM_INT8_FROM:
         return "int8", f"{why}and LLM.int8 needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
     return "int8", f"{why}and activations stay exact, which LLM.int8 rounds too (KL to fp32 1.2e-5 against 2.2e-4)"
 

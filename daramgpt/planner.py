@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daramgpt import hardware
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe, Shape
 from daramgpt.run_directory import RunDirectory, write_json
@@ -88,6 +89,7 @@ def memory_bytes(
     dtype: str,
     micro_batch_tokens: int,
     chunk_tokens: int,
+    optimizer_kind: str = "adamw",
 ) -> dict[str, int]:
     """Bytes by component on one rank; ZeRO's sharding over several ranks is left out.
 
@@ -97,14 +99,16 @@ def memory_bytes(
         dtype: of the student's arithmetic.
         micro_batch_tokens: of a forward pass.
         chunk_tokens: of the fused loss.
+        optimizer_kind: of the recipe; ``"adamw-8bit"`` keeps a moment in a byte and 4 bytes for 256 of them.
     """
+    moment_bytes = 2 * (1 + 4 / 256) if optimizer_kind == "adamw-8bit" else 8
     width = PRECISION_BYTES[dtype]
     # Attention keeps q, k, v, its output and their copies; the MLP 4 D twice; the norms and residuals the rest.
     per_token_layer = 18 * student.n_embd * width
     parts = {
         "student weights": student.parameters * width,
         "gradients": student.parameters * (width + 4),
-        "optimizer": student.parameters * (8 if dtype == "fp32" else 12),
+        "optimizer": student.parameters * (moment_bytes + (0 if dtype == "fp32" else 4)),
         "activations": micro_batch_tokens * per_token_layer * student.n_layer,
         "loss buffers": 3 * chunk_tokens * student.vocab_size * 4,
     }
@@ -161,7 +165,7 @@ def make_plan(
     def memory(rows: int) -> dict[str, int]:
         tokens = rows * context_tokens
         chunk = recipe.engine.loss_chunk_tokens or min(tokens, max(256, CHUNK_ELEMENTS // vocab_size))
-        return memory_bytes(student, teacher, teacher_precision, dtype, tokens, chunk)
+        return memory_bytes(student, teacher, teacher_precision, dtype, tokens, chunk, recipe.optimizer.kind)
 
     def fits(rows: int) -> bool:
         return sum(memory(rows).values()) <= MEMORY_SHARE * memory_limit_bytes
@@ -210,6 +214,67 @@ def make_plan(
     }
     write_json(run.plan, plan)
     return plan
+
+
+def choose_teacher_precision(
+    recipe: Recipe,
+    machine: hardware.Machine,
+    *,
+    dtype: str,
+    teacher: ModelShape,
+    context_tokens: int,
+    vocab_size: int,
+    world_size: int,
+) -> tuple[str, str]:
+    """What ``teacher.precision = "auto"`` becomes on `machine`, and why.
+
+    Memory and compute capability give the candidates, a measurement decides. Where torch does not see the GPU,
+    capability alone does.
+
+    Raises:
+        UserError: no candidate works on the device.
+    """
+    import torch
+
+    from daramgpt.teacher import DTYPES, choice
+
+    by_capability = hardware.choose(machine)
+    if machine.gpus and not torch.cuda.is_available():
+        reason = by_capability.reasons["teacher_precision"]
+        return by_capability.teacher_precision, f"{reason}; by capability alone, as torch sees no GPU to measure on"
+    device = torch.device(machine.device)
+    limit_bytes = MEMORY_SHARE * (machine.gpu_memory_bytes or machine.memory_bytes)
+    student = _shape(recipe.student, vocab_size, context_tokens)
+    micro_batch_tokens = max(
+        context_tokens, min(recipe.optimizer.batch_tokens // world_size, choice.MOST_TOKENS[device.type])
+    )
+
+    def needed_bytes(precision: str, tokens: int) -> int:
+        chunk = recipe.engine.loss_chunk_tokens or min(tokens, max(256, CHUNK_ELEMENTS // vocab_size))
+        return sum(memory_bytes(student, teacher, precision, dtype, tokens, chunk, recipe.optimizer.kind).values())
+
+    if needed_bytes("int8", context_tokens) > limit_bytes:
+        needed = needed_bytes("int8", context_tokens) / 1e9
+        return "nf4", (
+            f"with int8 one row needs {needed:.1f} GB, {MEMORY_SHARE:.0%} of the device's "
+            f"{limit_bytes / MEMORY_SHARE / 1e9:.1f} GB may be taken; half as large, at a larger error; not measured"
+        )
+    candidates, left_out = [], {}
+    for precision in hardware.teacher_candidates(machine, dtype):
+        needed = needed_bytes(precision, micro_batch_tokens) / 1e9
+        # Eight bits are the least there is short of nf4; there the plan takes a smaller micro-batch.
+        if PRECISION_BYTES[precision] > 1 and needed * 1e9 > limit_bytes:
+            left_out[precision] = f"does not fit with {micro_batch_tokens:,} tokens ({needed:.1f} GB)"
+        else:
+            candidates.append(precision)
+    return choice.choose(
+        candidates,
+        width=teacher.n_embd,
+        num_tokens=micro_batch_tokens,
+        compute_dtype=DTYPES[dtype],
+        device=device,
+        left_out=left_out,
+    )
 
 
 def read_plan(run: RunDirectory) -> dict[str, Any] | None:

@@ -123,9 +123,10 @@ class Shape(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101)."""
 
-    kind: Literal["adamw", "deepspeed-cpu-adam"] = Field(
+    kind: Literal["adamw", "adamw-8bit", "deepspeed-cpu-adam"] = Field(
         "adamw",
-        description="torch's own, or DeepSpeed's for the CPU, which a C++ compiler builds at its first use (minutes)",
+        description="torch's own; bitsandbytes' with moments in 8 bits, a quarter of their memory; or DeepSpeed's for "
+        "the CPU, which a C++ compiler builds at its first use (minutes)",
     )
     learning_rate: float = Field(6e-4, gt=0, description="at the plateau of the schedule")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; vectors are not decayed")

@@ -73,6 +73,14 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / "log.txt"
 
+    def node_log(self, node_rank: int | None) -> Path:
+        """Log of what is started on one machine of several; that of the first is the run's."""
+        return self.path / f"log-node{node_rank}.txt" if node_rank else self.log
+
+    def session_recipe(self, node_rank: int | None) -> Path:
+        """The recipe with the settings of this session, for the ranks that a machine starts."""
+        return self.path / f".session-node{node_rank or 0}.toml"
+
     @property
     def stop_request(self) -> Path:
         """Its existence asks the ranks of a training to save and stop."""
@@ -103,14 +111,18 @@ def write_json(path: Path, data: Any) -> None:
 
 
 @contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
+def locked(run: RunDirectory, node_rank: int | None = None) -> Iterator[None]:
     """Hold the run directory for this process; the lock ends with the process, however that ends.
+
+    Args:
+        run: whose directory.
+        node_rank: of several machines that share it; each has a lock of its own, the first one the run's.
 
     Raises:
         UserError: another process holds it.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / ".lock").open("a+") as file:
+    with (run.path / (f".lock-node{node_rank}" if node_rank else ".lock")).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from daramgpt import cli, commands, recipe
+from daramgpt import cli, commands, launcher, planner, recipe
+from daramgpt.errors import UserError
 from daramgpt.run_directory import RunDirectory, write_atomically, write_json
 
 COMMANDS = ("doctor", "prepare", "plan", "train", "status", "evaluate", "generate", "export", "report")
@@ -214,12 +216,22 @@ def test_an_interruption_is_said_in_one_line(
 
 
 def test_a_rank_that_failed_is_a_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    def failed() -> None:
-        raise subprocess.CalledProcessError(7, ["deepspeed"])
-
-    assert cli._guarded(failed) == 1
+    assert cli._guarded(lambda: launcher._explain("Traceback ...", 7, Path("log.txt"))) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "exit status 7" in line and "log.txt" in line
+    assert "code 7" in line and "log.txt" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("noise\nerror: shards are missing; mend\nmore\n", "a rank stopped: shards are missing; mend"),
+        ("gpu1: noise\ngpu1: error: shards are missing; mend\n", "a rank stopped: shards are missing; mend"),
+        ("RuntimeError: Using hostfile at /h but host=gpu0 was not reachable via ssh. If", "gpu0 cannot be reached"),
+    ],
+)
+def test_what_the_user_can_mend_is_found_in_what_a_launcher_printed(text: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        launcher._explain(text, 1, Path("log.txt"))
 
 
 @pytest.mark.parametrize("fault", ["ZeroDivisionError('ours')", "OSError(5, 'Input/output error')", "AssertionError()"])
@@ -257,11 +269,60 @@ def test_doctor_blocks_what_cannot_run(capsys: pytest.CaptureFixture[str], tmp_p
     assert "/nowhere" in refusal and "train_batch_size" in refusal
 
 
-def test_the_hosts_of_a_hostfile_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_ranks_of_a_hostfile_are_counted(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("one slots=2  # here\n\n# two slots=8\nthree slots=4\n")
-    assert commands.num_ranks(None, hostfile) == 6
-    assert commands.num_ranks(3, None) == 3 and commands.num_ranks(None, None) is None
-    hostfile.write_text("one\n")
-    assert "slots=" in refused(capsys, "plan", "quickstart", "--hostfile", str(hostfile))
-    assert "--hostfile" in refused(capsys, "plan", "quickstart", "--hostfile", "nowhere")
+    nodes = launcher.read_nodes(hostfile, node_rank=1)
+    assert nodes is not None and nodes.slots == {"one": 2, "three": 4} and nodes.num_ranks == 6
+    assert nodes.arguments()[2:] == ["--master_port", "29500", "--master_addr", "one", "--no_ssh", "--node_rank", "1"]
+    nodes = launcher.read_nodes(hostfile, master_addr="10.0.0.1", master_port=5)
+    assert nodes is not None and nodes.arguments()[2:] == ["--master_port", "5", "--master_addr", "10.0.0.1"]
+    assert launcher.read_nodes(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("one\n", 'line 1: "one"'),
+        ("one slots=2\n\ntwo slot=2\n", 'line 3: "two slot=2"'),
+        ("one slots=0\n", "line 1"),
+        ("one slots=1\none slots=1\n", "line 2: one is there twice"),
+        ("# nobody\n", "names no machine"),
+    ],
+)
+def test_a_wrong_hostfile_is_refused_by_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, fault: str
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(text)
+    for command in ("plan", "train"):
+        error = refused(capsys, command, "quickstart", "--hostfile", str(hostfile))
+        assert str(hostfile) in error and fault in error and "slots=N" in error
+
+
+def test_nodes_that_cannot_be_started_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "nowhere" in refused(capsys, "train", "quickstart", "--hostfile", "nowhere")
+    assert "--hostfile" in refused(capsys, "train", "quickstart", "--node-rank", "0")
+    assert "--hostfile" in refused(capsys, "train", "quickstart", "--master-port", "29501")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("one slots=1\ntwo slots=1\n")
+    machines = ["train", "quickstart", "--hostfile", str(hostfile)]
+    assert "0 to 1" in refused(capsys, *machines, "--node-rank", "2")
+    assert "--num-gpus" in refused(capsys, *machines, "--num-gpus", "2")
+    assert "on the first node" in refused(capsys, *machines, "--node-rank", "1")
+    monkeypatch.setattr(planner, "read_plan", lambda _: {"world_size": 4})
+    assert "4 ranks, --hostfile: 2" in refused(capsys, *machines)
+    assert "4 ranks, --num-gpus: 2" in refused(capsys, "train", "quickstart", "--num-gpus", "2")
+    monkeypatch.setattr(planner, "read_plan", lambda _: {"world_size": 2})
+    error = refused(capsys, *machines, "--node-rank", "1")
+    assert "shards" in error and "on the first node" in error
+    write_json(RunDirectory(tmp_path / "runs" / "quickstart").shards / "index.json", {})
+    monkeypatch.setenv("PATH", "")
+    assert "pdsh" in refused(capsys, *machines)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert f"--master-port {port}" in refused(capsys, *machines, "--node-rank", "0", "--master-port", port)

@@ -9,18 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from distilling import (
+    EOS,
+    SHAPE,
+    STEPS,
+    WIDE,
+    batches,
+    documents,
+    forget_moments,
+    make_distiller,
+    make_student,
+    make_teacher,
+    plain_losses,
+    run_steps,
+)
 
-from daramgpt import checkpoint, student
-from daramgpt.engine import Distiller, import_deepspeed
+from daramgpt import checkpoint, moments
+from daramgpt.engine import import_deepspeed
 from daramgpt.errors import UserError
-from daramgpt.losses import distillation_loss_reference
-from daramgpt.recipe import Loss, Optimizer, Shape
+from daramgpt.recipe import Shape
 from daramgpt.teacher import Teacher
 
-VOCAB, CONTEXT, ROWS, MICRO, EOS = 61, 12, 4, 2, 0
-SHAPE = Shape(n_embd=16, n_head=2, n_layer=2)
-LOSS = Loss(temperature=2.0, kd_weight=1.0, ce_weight=0.1)
-OPTIMIZER = Optimizer(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.1)
 CONFIGS: dict[str, dict[str, Any]] = {
     "zero-0": {"zero_optimization": {"stage": 0}},
     "zero-1": {"zero_optimization": {"stage": 1}},
@@ -33,57 +42,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_student() -> Any:
-    return student.build(SHAPE, VOCAB, CONTEXT, EOS, seed=1)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another take longer than these products."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    model = student.build(Shape(n_embd=24, n_head=2, n_layer=1), VOCAB, CONTEXT, EOS, seed=2)
-    model.eval().requires_grad_(False)
-    # Sharper than a random model's nearly uniform distribution, so that the KL has something to teach.
-    model.lm_head.weight.mul_(8)
-    return Teacher(model, model.lm_head.weight, None, "fp32", 0, 0, CONTEXT)
-
-
-def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 * step + micro)
-    tokens = torch.randint(0, VOCAB, (ROWS // MICRO, CONTEXT + 1), generator=generator)
-    tokens[tokens % 5 == 0] = EOS
-    labels = tokens[:, 1:].clone()
-    # Micro-batches of unequal weight: what a mean of means gets wrong.
-    labels[0, : 5 * micro] = -100
-    return tokens[:, :-1], labels
-
-
-def num_targets(step: int) -> int:
-    return sum(int((batch(step, micro)[1] != -100).sum()) for micro in range(MICRO))
-
-
-def batches(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return (batch(step, micro) for micro in range(MICRO))
-
-
-def documents(step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The documents of a step, each a row of its own length."""
-    for input_ids, labels in batches(step):
-        for row, targets in zip(input_ids, labels, strict=True):
-            starts = [place for place in range(1, CONTEXT) if row[place] == EOS]
-            for piece in zip(row.tensor_split(starts), targets.tensor_split(starts), strict=True):
-                yield piece[0][None], piece[1][None]
-
-
-def make_distiller(
-    config: str,
-    teacher: Teacher | None,
-    log: Path,
-    model: Any = None,
-    document_start_id: int | None = None,
-    kind: str = "adamw",
-) -> Distiller:
-    rows, student_model = ROWS // MICRO, model or make_student()
-    optimizer = OPTIMIZER.model_copy(update={"kind": kind})
-    return Distiller(student_model, LOSS, optimizer, CONFIGS[config], rows, MICRO, 7, teacher, log, document_start_id)
+    return make_teacher()
 
 
 def check_kind(kind: str) -> None:
@@ -91,7 +61,13 @@ def check_kind(kind: str) -> None:
         pytest.skip("DeepSpeed's optimizer is compiled first, which takes minutes; set DARAMGPT_COMPILE=1")
 
 
-KINDS = [*((config, "adamw") for config in CONFIGS), *((config, "deepspeed-cpu-adam") for config in CONFIGS)]
+PLAIN_KINDS = ("adamw", "deepspeed-cpu-adam")
+KINDS = [(config, kind) for kind in PLAIN_KINDS for config in CONFIGS]
+EIGHT_BIT = [(config, "adamw-8bit") for config in CONFIGS]
+
+
+def shape_for(kind: str) -> Shape:
+    return WIDE if kind == "adamw-8bit" else SHAPE
 
 
 @pytest.fixture(scope="module", params=[None, EOS], ids=["across-documents", "within-documents"])
@@ -100,86 +76,161 @@ def document_start_id(request: pytest.FixtureRequest) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def plain_losses(teacher: Teacher, document_start_id: int | None) -> list[float]:
-    """Losses of the same steps by transformers, torch's AdamW and the plain loss; documents are passed one by one."""
-    parts = batches if document_start_id is None else documents
-    model = make_student()
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
-        eps=OPTIMIZER.epsilon,
-    )
-    losses = []
-    for step in range(5):
-        adam.zero_grad()
-        total = torch.zeros(())
-        for input_ids, labels in parts(step):
-            teacher_logits = teacher.hidden_states(input_ids) @ teacher.head_weight.T
-            kd, ce = distillation_loss_reference(
-                model(input_ids).logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten(), LOSS.temperature
-            )
-            loss = (LOSS.kd_weight * kd + LOSS.ce_weight * ce) / num_targets(step)
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
-        adam.step()
-        losses.append(float(total))
-    return losses
-
-
-def run_steps(distiller: Distiller, first: int, last: int) -> list[float]:
-    results = [distiller.step(batches(step), num_targets(step), OPTIMIZER.learning_rate) for step in range(first, last)]
-    return [LOSS.kd_weight * result.kd + LOSS.ce_weight * result.ce for result in results]
+def expected_losses(teacher: Teacher, document_start_id: int | None) -> list[float]:
+    return plain_losses(teacher, parts=batches if document_start_id is None else documents)
 
 
 @pytest.mark.parametrize(("config", "kind"), KINDS)
 def test_losses_equal_a_plain_loop(
-    config: str, kind: str, teacher: Teacher, document_start_id: int | None, plain_losses: list[float], tmp_path: Path
+    config: str,
+    kind: str,
+    teacher: Teacher,
+    document_start_id: int | None,
+    expected_losses: list[float],
+    tmp_path: Path,
 ) -> None:
     check_kind(kind)
-    distiller = make_distiller(config, teacher, tmp_path / "log.txt", document_start_id=document_start_id, kind=kind)
-    losses = run_steps(distiller, 0, 5)
+    distiller = make_distiller(CONFIGS[config], teacher, tmp_path / "log.txt", None, document_start_id, kind)
+    losses = run_steps(distiller, range(STEPS))
     distiller.close()
-    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert losses[4] < losses[0]
 
 
-@pytest.mark.parametrize(("config", "kind"), KINDS)
-@pytest.mark.parametrize("forget_moments", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_losses_with_8_bit_moments_equal_a_plain_loop_of_bitsandbytes(
+    config: str, teacher: Teacher, tmp_path: Path
+) -> None:
+    model = make_student(WIDE)
+    distiller = make_distiller(CONFIGS[config], teacher, tmp_path / "log.txt", model, kind="adamw-8bit")
+    losses = run_steps(distiller, range(STEPS))
+    widths = {state["state1"].dtype for state in distiller.engine.basic_optimizer.state.values()}
+    distiller.close()
+    # Without ZeRO each tensor has its own blocks, and the small ones have fp32 moments.
+    is_flat = config != "zero-0"
+    assert widths <= {torch.uint8, torch.float32} and torch.uint8 in widths
+    assert losses == pytest.approx(
+        plain_losses(teacher, WIDE, kind="adamw-8bit-flat" if is_flat else "adamw-8bit"), rel=1e-6
+    )
+    # 8 bits are near fp32 and not fp32 by another name.
+    in_fp32 = plain_losses(teacher, WIDE)
+    assert losses == pytest.approx(in_fp32, rel=3e-4)
+    assert losses != pytest.approx(in_fp32, rel=3e-6)
+
+
+def test_forgotten_8_bit_moments_are_farther_from_fp32_than_8_bits(teacher: Teacher, tmp_path: Path) -> None:
+    distiller = make_distiller(CONFIGS["zero-2"], teacher, tmp_path / "log.txt", make_student(WIDE), kind="adamw-8bit")
+    losses = run_steps(distiller, range(2))
+    forget_moments(distiller, 2)
+    losses += run_steps(distiller, range(2, STEPS))
+    distiller.close()
+    assert losses != pytest.approx(plain_losses(teacher, WIDE), rel=3e-4)
+
+
+@pytest.mark.parametrize(("config", "kind"), KINDS + EIGHT_BIT)
+@pytest.mark.parametrize("forget_first_moment", [False, True])
 def test_restart_from_a_checkpoint_changes_nothing(
-    config: str, kind: str, forget_moments: bool, teacher: Teacher, tmp_path: Path
+    config: str, kind: str, forget_first_moment: bool, teacher: Teacher, tmp_path: Path
 ) -> None:
     check_kind(kind)
-    whole = make_distiller(config, teacher, tmp_path / "log.txt", kind=kind)
-    run_steps(whole, 0, 3)
+    log, shape = tmp_path / "log.txt", shape_for(kind)
+    whole = make_distiller(CONFIGS[config], teacher, log, make_student(shape), kind=kind)
+    run_steps(whole, range(3))
     checkpoint.save(tmp_path / "checkpoints", whole, {"step": 3}, keep=2)
-    run_steps(whole, 3, 6)
-    expected = whole.gather()["weights"]
+    run_steps(whole, range(3, 6))
+    expected = whole.gather()
     whole.close()
 
     saved = checkpoint.newest(tmp_path / "checkpoints")
     assert saved is not None
-    model = make_student()
+    model = make_student(shape)
     model.load_state_dict(saved.weights(), strict=False)
-    resumed = make_distiller(config, teacher, tmp_path / "log.txt", model, kind=kind)
+    resumed = make_distiller(CONFIGS[config], teacher, log, model, kind=kind)
     tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
-    if forget_moments:
+    if forget_first_moment:
         tensors["exp_avg"] = {name: torch.zeros_like(value) for name, value in tensors["exp_avg"].items()}
     resumed.restore(tensors, 3, saved.state["loss_scaler"])
-    run_steps(resumed, 3, 6)
-    found = resumed.gather()["weights"]
+    run_steps(resumed, range(3, 6))
+    found = resumed.gather()
     resumed.close()
-    assert found.keys() == expected.keys()
-    same = all(torch.equal(found[name], expected[name]) for name in expected)
-    assert same is not forget_moments
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        assert found[group].keys() == expected[group].keys()
+    same = all(
+        torch.equal(found[group][name], expected[group][name])
+        for group in ("weights", "exp_avg", "exp_avg_sq")
+        for name in expected[group]
+    )
+    assert same is not forget_first_moment
+
+
+@pytest.mark.parametrize(("first", "then"), [("zero-0", "zero-2"), ("zero-2", "zero-0")])
+def test_8_bit_moments_are_rounded_where_another_stage_has_other_blocks(
+    first: str, then: str, teacher: Teacher, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+    before = make_distiller(CONFIGS[first], teacher, log, make_student(WIDE), kind="adamw-8bit")
+    run_steps(before, range(3))
+    saved = before.gather()
+    before.close()
+    model = make_student(WIDE)
+    model.load_state_dict(saved["weights"], strict=False)
+    after = make_distiller(CONFIGS[then], teacher, log, model, kind="adamw-8bit")
+    after.restore(saved, 3, {})
+    found = after.gather()
+    after.close()
+    assert all(torch.equal(found["weights"][name], value) for name, value in saved["weights"].items())
+    differs = False
+    for group in ("exp_avg", "exp_avg_sq"):
+        for name, value in saved[group].items():
+            # A block may hold numbers of two tensors, so its scale is up to the largest of all.
+            bound = 0.01 * max(float(other.abs().max()) for other in saved[group].values())
+            assert float((found[group][name] - value).abs().max()) <= bound
+            differs |= not torch.equal(found[group][name], value)
+    assert differs
+
+
+@pytest.mark.parametrize("name", moments.NAMES)
+@pytest.mark.parametrize("num_numbers", [4096, 70_001])
+def test_moments_go_through_fp32_to_the_bit(name: str, num_numbers: int) -> None:
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+    from bitsandbytes.optim import AdamW8bit
+
+    generator = torch.Generator().manual_seed(3)
+    parameter = torch.nn.Parameter(torch.zeros(num_numbers))
+    adam = AdamW8bit([parameter], lr=1e-3)
+    for _ in range(3):
+        parameter.grad = torch.randn(num_numbers, generator=generator) * torch.logspace(-12, 2, num_numbers)
+        adam.step()
+    numbers, table, scales = (adam.state[parameter][key] for key in moments.NAMES[name])
+    values = moments.dequantise(numbers, table, scales)
+    assert torch.equal(values, dequantize_blockwise(numbers, absmax=scales, code=table, blocksize=256))
+    assert torch.equal(moments.dequantise(*reordered(moments.quantise(values, table), table)), values)
+    # What bitsandbytes itself would make of them: the first moment has blocks whose largest number is negative.
+    anew, quantised = quantize_blockwise(values, code=table, blocksize=256)
+    is_same = torch.equal(dequantize_blockwise(anew, quantised), values)
+    assert is_same is (name == "exp_avg_sq")
+
+
+def reordered(quantised: tuple[torch.Tensor, torch.Tensor], table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return quantised[0], table, quantised[1]
+
+
+def test_moments_that_no_scale_gives_are_rounded_to_the_nearest() -> None:
+    from bitsandbytes.functional import create_dynamic_map
+
+    table = create_dynamic_map(signed=True)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(4))
+    values[256:512] = 0
+    found = moments.dequantise(*reordered(moments.quantise(values, table), table))
+    for block, values_of_block in zip(found.split(256), values.split(256), strict=True):
+        scale = values_of_block.abs().max()
+        nearest = (scale * table - values_of_block[:, None]).abs().amin(dim=1)
+        assert torch.allclose((block - values_of_block).abs(), nearest, atol=1e-6)
 
 
 def test_weights_have_their_hugging_face_names(tmp_path: Path) -> None:
-    distiller = make_distiller("zero-2", None, tmp_path / "log.txt")
-    run_steps(distiller, 0, 1)
+    distiller = make_distiller(CONFIGS["zero-2"], None, tmp_path / "log.txt")
+    run_steps(distiller, range(1))
     weights = distiller.gather()["weights"]
     distiller.close()
     missing, unexpected = make_student().load_state_dict(weights, strict=False)
@@ -196,5 +247,5 @@ def test_an_optimizer_that_cannot_be_built_is_one_line(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(CPUAdamBuilder, "load", fails)
     with pytest.raises(UserError, match=r"optimizer\.kind.*Ninja is required.*compiler") as raised:
-        make_distiller("zero-2-offload", None, tmp_path / "log.txt", kind="deepspeed-cpu-adam")
+        make_distiller(CONFIGS["zero-2-offload"], None, tmp_path / "log.txt", kind="deepspeed-cpu-adam")
     assert "and more" not in str(raised.value)

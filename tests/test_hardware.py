@@ -117,6 +117,26 @@ def test_choices(on: Machine, dtype: str, config: str, pin: str) -> None:
     assert hardware.dtype_fault(on, dtype) is None
 
 
+@pytest.mark.parametrize(
+    ("on", "dtype", "candidates"),
+    [
+        (CPU, "fp32", ("int8", "fp32")),
+        (CPU, "bf16", ("int8", "bf16")),
+        (P100, "fp16", ("int8", "fp16", "fp32")),
+        (machine("Tesla M40", 11448, (5, 2)), "fp32", ("int8", "fp32")),
+        (machine("Tesla V100-SXM2-16GB", 16384, (7, 0)), "fp16", ("int8", "fp16")),
+        (T4X2, "fp16", ("int8", "llm-int8", "fp16")),
+        (T4X2, "fp32", ("int8", "llm-int8", "fp16", "fp32")),
+        (machine("NVIDIA H100 80GB HBM3", 81559, (9, 0)), "bf16", ("int8", "llm-int8", "bf16")),
+        (machine("NVIDIA H100 80GB HBM3", 81559, (9, 0)), "fp32", ("int8", "llm-int8", "bf16", "fp32")),
+    ],
+)
+def test_a_teachers_precisions_begin_with_the_smallest(on: Machine, dtype: str, candidates: tuple[str, ...]) -> None:
+    assert hardware.teacher_candidates(on, dtype) == candidates
+    # What capability alone chooses is what is taken where nothing can be measured.
+    assert hardware.choose(on).teacher_precision == candidates[0]
+
+
 def test_the_weakest_gpu_decides() -> None:
     mixed = Machine((*T4X2.gpus, *P100.gpus), 4, 16 * GIB)
     assert mixed.capability == (6, 0)

@@ -14,11 +14,23 @@ LAYERS: dict[str, int] = {
         ("errors", "run_directory", "recipe", "hardware", "ds_config", "ledger", "results_table", "text_table"), 0
     ),
     **dict.fromkeys(
-        ("attention", "bootstrap", "corpora", "losses", "teacher", "student", "progress", "quickstart", "generate"), 1
+        (
+            "attention",
+            "bootstrap",
+            "corpora",
+            "generate",
+            "losses",
+            "moments",
+            "progress",
+            "quickstart",
+            "student",
+            "teacher",
+        ),
+        1,
     ),
     **dict.fromkeys(("curriculum", "tokenizer", "engine"), 2),
     **dict.fromkeys(("shards", "checkpoint", "planner"), 3),
-    **dict.fromkeys(("train", "status", "model_card", "export", "evaluation", "report", "doctor"), 4),
+    **dict.fromkeys(("train", "status", "model_card", "export", "evaluation", "report", "doctor", "launcher"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 # Inside one layer these may be imported by the others of it: they are the layer's own ground floor.

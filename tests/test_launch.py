@@ -59,6 +59,7 @@ if command == "status":
     sys.exit(code)
 if command == os.environ.get("SLOW"):
     def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a group's signal comes again from launch.sh
         note(f"signal {number}")
         sys.exit(0)
     signal.signal(signal.SIGTERM, stop)
@@ -178,6 +179,8 @@ def test_dry_run_tells_what_and_why_and_creates_nothing(
         value, _, reason = rows[row].partition(": ")
         assert value == choice
         assert reason
+    measured = {"P100": "int8, fp16, fp32", "none": "int8, fp32"}.get(gpus, f"int8, llm-int8, {dtype}")
+    assert f"; plan measures {measured} here and takes the smallest" in rows["teacher"]
     assert rows["machine"].startswith({"T4 x 2": "2 x Tesla T4", "none": "no GPU"}.get(gpus, GPUS[gpus].split(",")[0]))
     commands = [line.split()[3:] for line in done.stdout.splitlines() if line.startswith("  python -m daramgpt")]
     assert [command[0] for command in commands] == STEPS
@@ -210,6 +213,17 @@ def test_installs_once_and_runs_every_step_with_the_same_options(checkout: Check
     assert checkout.launch().returncode == 0
     assert checkout.calls("pip") == checkout.calls("venv") == []
     assert [line.split()[1] for line in checkout.steps()] == ["quickstart"] * len(STEPS)
+
+
+def test_one_command_a_machine_of_which_only_the_first_does_more_than_train(checkout: Checkout) -> None:
+    node = ["--hostfile", "h", "--master-addr", "a", "--master-port", "5"]
+    assert checkout.launch("daramgpt", *node, "--node-rank", "1").returncode == 0
+    options = "--hostfile h --master-addr a --master-port 5 --node-rank"
+    assert checkout.steps() == [f"train daramgpt {options} 1"]
+    checkout.forget()
+    assert checkout.launch("daramgpt", *node, "--node-rank", "0").returncode == 0
+    extra = {"plan": " --hostfile h", "train": f" {options} 0"}
+    assert checkout.steps() == [f"{step} daramgpt{extra.get(step, '')}" for step in STEPS]
 
 
 def test_a_change_of_the_requirements_or_the_torch_pin_installs_again(checkout: Checkout) -> None:

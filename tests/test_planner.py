@@ -67,6 +67,11 @@ def test_memory_by_component() -> None:
     double = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp32", 2 * tokens, chunk)
     assert {name for name in memory if double[name] != memory[name]} == {"activations", "teacher activations"}
     assert double["activations"] == 2 * memory["activations"]
+    eight_bit = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp16", tokens, chunk, "adamw-8bit")
+    # fp32 weights, two bytes of moments, and two fp32 scales for 256 of them.
+    assert eight_bit["optimizer"] == pytest.approx(STUDENT.parameters * (4 + 2 + 8 / 256), abs=1)
+    assert {**eight_bit, "optimizer": 0} == {**half, "optimizer": 0}
+
     alone = planner.memory_bytes(STUDENT, None, "int8", "fp32", tokens, chunk)
     assert memory.keys() - alone.keys() == {"teacher weights", "teacher activations"}
 

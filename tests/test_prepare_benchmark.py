@@ -87,12 +87,14 @@ def test_all_keys_are_measured(corpus: Path, tokenizer_dir: Path, tmp_path: Path
 
 def test_rates_are_end_to_end_and_medians_count() -> None:
     prepared = [[ended("web", 8_000_000, 3.0, 1.0), ended("web", 8_000_000, 7.0), ended("web", 8_000_000, 1.0)]]
-    alone = [[ended("web", 8_000_000, 2.0, 9.0) for _ in range(3)]]
+    alone = [[ended("web", 8_000_000, seconds, 9.0) for seconds in (2.4, 2.0, 1.0)]]
     splitter = ended("web", 4_000_000, 0.5, 9.0)
     result = prepare.result(prepared, alone, splitter, ended("web", 8_000_000, 9.0, peak=5))
     assert result["text_megabytes_per_second"] == pytest.approx(2.0)
     assert result["tokenizer_megabytes_per_second"] == pytest.approx(4.0)
-    assert result["ratio_without_wiki"] == pytest.approx(0.5)
+    # Of pairs, not of the medians of both sides.
+    assert result["ratio_without_wiki"] == pytest.approx(0.6)
+    assert result["lowest_and_highest_ratio"] == pytest.approx([2 / 7, 1.0])
     assert result["splitter_megabytes_per_second"] == pytest.approx(8.0)
     assert result["peak_memory_bytes"] == 5
     assert result["wiki_megabytes_per_second"] is None and result["memory_growth"] is None

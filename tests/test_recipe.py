@@ -243,3 +243,10 @@ def test_differences_name_what_decides_the_result_and_nothing_else() -> None:
     assert recipe.differences(old, old.model_copy(update={"curriculum": curriculum}))
     free = ["budget.budget_hours=1", "checkpoint.every_minutes=1", "evaluation.baseline=false", "name=other"]
     assert recipe.differences(old, recipe.load("quickstart", free)) == []
+
+
+def test_the_kinds_of_optimizer() -> None:
+    for kind in ("adamw", "adamw-8bit", "deepspeed-cpu-adam"):
+        assert recipe.load("quickstart", [f"optimizer.kind={kind}"]).optimizer.kind == kind
+    with pytest.raises(UserError, match=r"optimizer\.kind.*adamw-8bit"):
+        recipe.load("quickstart", ["optimizer.kind=adam-8bit"])

@@ -243,7 +243,11 @@ class _Preparation:
                 taken_bytes=training.counts["unit_bytes"],
                 heldout_so_far=tuple(state["heldout_so_far"]) if state else (0, 0),
             ):
-                (heldout if text.heldout else training).append(text.units)
+                if text.heldout:
+                    # Few of them come from a block, and they wait long: a view would keep the whole block.
+                    heldout.append(text.units.copy())
+                else:
+                    training.append(text.units)
                 self._pace.advance(training.counts["unit_bytes"])
                 # While documents wait, or are read ahead, there is more to note than is worth it.
                 if time.monotonic() - self._last_save > _SECONDS_BETWEEN_SAVES and not source.stream.waiting:

@@ -141,8 +141,8 @@ class StreamWriter:
         return num_rows(self.counts["num_tokens"] + 1, self._context_tokens)
 
     def append(self, text: Encoded) -> None:
-        """Put a text behind those before, and an EOS after it."""
-        self._pending.append(text.copy())
+        """Put a text behind those before, and an EOS after it; it is held until enough of them are written at once."""
+        self._pending.append(text)
         self._num_pending_tokens += len(text.token_ids)
         if self._num_pending_tokens >= _TOKENS_AT_A_TIME:
             self._write_pending()

@@ -1,0 +1,193 @@
+"""Several machines: two nodes train one run, and what a command of one node refuses.
+
+Each node is a command of its own with its own launcher, in a network namespace of its own where the system allows
+them, else on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import ENVIRONMENT, RECIPE
+
+from daramgpt.checkpoint import newest
+from daramgpt.run_directory import RunDirectory
+
+# The teacher is trained by the nodes too: in 8 bits, a last digit of its weights could round to another row.
+SETTINGS = (
+    ("precision", '"int8"', '"fp32"'),
+    ("baseline", "true", "false"),
+    ("every_minutes", "0.0001", "10"),
+    ("take", '"8KB"', '"3KB"'),
+    ("take", '"10KB"', '"3KB"'),
+    ("take", '"6KB"', '"3KB"'),
+)
+TIMEOUT_SECONDS = 120
+
+
+@dataclass
+class Network:
+    """Two addresses at which nodes reach each other, and what starts a command at each."""
+
+    addresses: tuple[str, str]
+    prefixes: tuple[list[str], list[str]]
+
+    def write_hostfile(self, folder: Path) -> Path:
+        path = folder / "hosts"
+        path.write_text("".join(f"{address} slots=1\n" for address in self.addresses), encoding="utf-8")
+        return path
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """Two network namespaces with a cable between them; loopback where they cannot be made."""
+    names = [f"daram{os.getpid()}n{node}" for node in range(2)]
+    addresses = ("192.0.2.1", "192.0.2.2")
+    setup = [["ip", "netns", "add", name] for name in names]
+    setup.append(["ip", "link", "add", "veth0", "netns", names[0], "type", "veth"])
+    setup[-1] += ["peer", "name", "veth1", "netns", names[1]]
+    for node, name in enumerate(names):
+        inside = ["ip", "-netns", name]
+        setup.append([*inside, "addr", "add", f"{addresses[node]}/24", "dev", f"veth{node}"])
+        setup += [[*inside, "link", "set", device, "up"] for device in ("lo", f"veth{node}")]
+    try:
+        for line in setup:
+            subprocess.run(line, check=True, capture_output=True)
+        prefixes = [["nsenter", f"--net=/run/netns/{name}"] for name in names]
+        for prefix in prefixes:
+            subprocess.run([*prefix, "true"], check=True, capture_output=True)
+        yield Network(addresses, (prefixes[0], prefixes[1]))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no network namespaces here, so both nodes are on loopback: {error}")
+        yield Network(("127.0.0.1", "localhost"), ([], []))
+    finally:
+        if shutil.which("ip"):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+class Command:
+    """``python -m daramgpt`` on a run directory, its output in a file."""
+
+    def __init__(self, run: RunDirectory, name: str, *arguments: str, prefix: list[str] | None = None) -> None:
+        self.output_path = run.path.parent / f"{name}.txt"
+        line = [*(prefix or []), sys.executable, "-m", "daramgpt", name.split("-")[0]]
+        line += [str(run.path.parent / "tiny.toml"), "--run", str(run.path), *arguments]
+        # Two processes share few cores: threads that wait in a loop would keep each other from working.
+        environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"}
+        with self.output_path.open("w") as output:
+            self.process = subprocess.Popen(
+                line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+
+    def wait(self, code: int = 0) -> str:
+        found = self.process.wait(TIMEOUT_SECONDS)
+        text = self.output_path.read_text(encoding="utf-8")
+        assert found == code, text
+        return text
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("nodes")
+    recipe = RECIPE
+    for key, old, new in SETTINGS:
+        assert f"{key} = {old}" in recipe
+        recipe = recipe.replace(f"{key} = {old}", f"{key} = {new}")
+    (folder / "tiny.toml").write_text(recipe, encoding="utf-8")
+    run = RunDirectory(folder / "run")
+    Command(run, "prepare").wait()
+    return run
+
+
+@pytest.fixture(scope="module")
+def single(prepared: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run, trained by one process."""
+    run = copy(prepared, tmp_path_factory.mktemp("single"))
+    Command(run, "plan").wait()
+    Command(run, "train").wait()
+    return run
+
+
+def copy(run: RunDirectory, folder: Path) -> RunDirectory:
+    shutil.copytree(run.path.parent, folder, dirs_exist_ok=True)
+    return RunDirectory(folder / run.path.name)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def weights(run: RunDirectory) -> dict[str, Any]:
+    saved = newest(run.checkpoints)
+    assert saved is not None
+    return saved.weights()
+
+
+def losses(run: RunDirectory) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def test_two_nodes_train_the_run_of_one_process(
+    prepared: RunDirectory, single: RunDirectory, network: Network, tmp_path: Path
+) -> None:
+    run = copy(prepared, tmp_path)
+    hostfile = network.write_hostfile(tmp_path)
+    Command(run, "plan", "--hostfile", str(hostfile)).wait()
+    port = free_port()
+    # The second one first: the order in which they are started must not matter.
+    second, first = (
+        Command(
+            run,
+            f"train-{node}",
+            *("--hostfile", str(hostfile), "--node-rank", str(node), "--master-port", port),
+            prefix=network.prefixes[node],
+        )
+        for node in (1, 0)
+    )
+    first.wait()
+    assert f"joining {network.addresses[0]}:{port}" in second.wait()
+    for mine, other in ((run, single), (run.part("teacher"), single.part("teacher"))):
+        assert len(losses(mine)) == len(losses(other)) > 5
+        assert losses(mine) == pytest.approx(losses(other), rel=1e-5)
+        expected = weights(other)
+        for name, value in weights(mine).items():
+            assert value.allclose(expected[name], rtol=1e-3, atol=1e-5), name
+
+
+CHECK = """
+import sys
+from pathlib import Path
+from daramgpt.errors import UserError
+from daramgpt.launcher import check_agreement
+same, different = {"shards": "1"}, {"shards": "1", "plan.json": sys.argv[1], "checkpoints": sys.argv[1]}
+check_agreement(same, Path("log.txt"))
+try:
+    check_agreement(different, Path("log.txt"))
+except UserError as error:
+    print(error.fault)
+"""
+
+
+def test_nodes_that_would_read_different_things_are_refused_on_every_rank(tmp_path: Path) -> None:
+    port, ranks = free_port(), []
+    for rank in ("0", "1"):
+        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        environment |= {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(Path(__file__).parents[1])}
+        line = [sys.executable, "-c", CHECK, rank]
+        ranks.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment))
+    for process in ranks:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert output.splitlines()[-1] == "not the same on every node: plan.json, checkpoints"
