@@ -20,8 +20,9 @@ PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt")
 # otherwise, and their pages are faulted in anew: a training step on a CPU then takes up to three times as long. OpenMP
 # threads that wait in a loop hold the cores that another busy process needs; a run beside others then takes for ever.
 SIDE_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "10000000000",
-    "MALLOC_TRIM_THRESHOLD_": "10000000000",
+    "MALLOC_MMAP_THRESHOLD_": "34359738368",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_MMAP_MAX_": "0",
     "OMP_WAIT_POLICY": "passive",
 }
 

@@ -11,7 +11,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "daramgpt"
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
-        ("errors", "run_directory", "recipe", "hardware", "ds_config", "ledger", "results_table", "text_table"), 0
+        (
+            "errors",
+            "malloc",
+            "run_directory",
+            "recipe",
+            "hardware",
+            "ds_config",
+            "ledger",
+            "results_table",
+            "text_table",
+        ),
+        0,
     ),
     **dict.fromkeys(
         (

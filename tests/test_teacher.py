@@ -424,3 +424,9 @@ def test_an_index_that_leads_elsewhere_is_refused(folder: Path, tmp_path: Path, 
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=r"index\.json"):
         teacher.load(folder, "fp32", cache_dir=tmp_path / "cache")
+
+
+def test_llm_int8_says_nothing_at_its_products(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = teacher.load(folder, "llm-int8", torch.bfloat16)
+    loaded.hidden_states(torch.arange(16).reshape(2, 8))
+    assert not caplog.records

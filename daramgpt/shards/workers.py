@@ -10,8 +10,6 @@ A worker has nothing but a pipe to the process that started it, and ends when th
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import itertools
 import multiprocessing
@@ -33,7 +31,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from daramgpt import corpora
+from daramgpt import corpora, malloc
 from daramgpt.corpora import Block, ReadReport
 from daramgpt.curriculum import cut, document_bytes
 from daramgpt.errors import UserError
@@ -42,9 +40,6 @@ from daramgpt.shards.encode import Encoded, Encoder
 # Blocks handed out ahead of the one whose turn it is, beside those that workers are busy with.
 _BLOCKS_AHEAD = 2
 _BLOCKS_BETWEEN_COLLECTIONS = 16
-# Parameters of glibc's mallopt(3), by the numbers in malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +105,7 @@ class Workers:
             gc.collect()
             gc.freeze()
             # The threads that wait for workers would have a heap each.
-            _tell_malloc("mallopt", _M_ARENA_MAX, 1)
+            malloc.share_one_heap()
             for _ in range(self._num_workers):
                 ours, theirs = context.Pipe()
                 connections.append(ours)
@@ -230,8 +225,7 @@ def _serve(connection: Connection, tokenizer: Encoder | Path, others: list[Conne
     for other in others:
         other.close()
     # Every block needs the same memory again, which to take from the system anew takes a tenth of the time.
-    _tell_malloc("mallopt", _M_TRIM_THRESHOLD, _NO_LIMIT)
-    _tell_malloc("mallopt", _M_MMAP_MAX, 0)
+    malloc.keep_freed_memory()
     # Blocks are many small objects and no cycles: looking for those takes a fifth of the time.
     gc.disable()
     encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)
@@ -254,9 +248,3 @@ def _serve(connection: Connection, tokenizer: Encoder | Path, others: list[Conne
         del block, answer
         if number % _BLOCKS_BETWEEN_COLLECTIONS == 0:
             gc.collect()
-
-
-def _tell_malloc(function: str, *arguments: int) -> None:
-    """Call a function of glibc's malloc; where there is another C library, nothing is lost but memory."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        getattr(ctypes.CDLL(None), function)(*arguments)

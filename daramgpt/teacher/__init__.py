@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from daramgpt import malloc
 from daramgpt.errors import UserError
 from daramgpt.teacher.pickled import converted, default_cache, is_pickled
 from daramgpt.teacher.quantised import (
@@ -192,7 +193,9 @@ def load(
     elif precision not in QUANTISED:
         raise UserError(f"teacher.precision: {precision} is not available", f"use {', '.join((*QUANTISED, *DTYPES))}")
     weights_dir = converted(model_dir, cache_dir or default_cache()) if is_pickled(model_dir) else model_dir
-    model = _pretrained(model_dir, weights_dir, precision, compute_dtype, device or torch.device("cpu"))
+    # A weight is many times what its quantised form is, and comes in once.
+    with malloc.large_blocks_returned():
+        model = _pretrained(model_dir, weights_dir, precision, compute_dtype, device or torch.device("cpu"))
     model.eval().requires_grad_(False)
     if getattr(model.config, "activation_function", None) == "gelu_new":
         _fuse_gelu(model)

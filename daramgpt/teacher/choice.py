@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -176,16 +175,13 @@ def _forward_seconds(layer: nn.Module, inputs: torch.Tensor) -> float:
     is_cuda = inputs.device.type == "cuda"
     # Queued, as a model's layers are, so that a launch hides behind the product before.
     num_calls = 10 if is_cuda else 1
-    with warnings.catch_warnings():
-        # LLM.int8 says that it casts fp32 activations to fp16.
-        warnings.simplefilter("ignore")
-        if is_cuda:
-            torch.cuda.synchronize(inputs.device)
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            layer(inputs)
-        if is_cuda:
-            torch.cuda.synchronize(inputs.device)
+    if is_cuda:
+        torch.cuda.synchronize(inputs.device)
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        layer(inputs)
+    if is_cuda:
+        torch.cuda.synchronize(inputs.device)
     return (time.perf_counter() - start) / num_calls
 
 

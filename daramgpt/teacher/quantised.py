@@ -10,6 +10,7 @@ The weight-only forward is a subclass over the storage of ``Linear8bitLt``: a lo
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,8 @@ def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype) ->
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear8bitLt):
                 module.__class__ = _weight_only_linear()  # type: ignore[assignment]
+    else:
+        _hush_casts()
     for module in model.modules():
         if is_norm(module):
             continue
@@ -67,6 +70,7 @@ def eight_bit_linear(
     """
     import bitsandbytes as bnb
 
+    _hush_casts()
     kind = _weight_only_linear() if precision == "int8" else bnb.nn.Linear8bitLt
     layer = kind(
         weight.shape[1],
@@ -101,6 +105,11 @@ def four_bit_linear(
     if bias is not None:
         layer.bias = nn.Parameter(bias.data.to(device), requires_grad=False)
     return layer.requires_grad_(False)
+
+
+def _hush_casts() -> None:
+    """LLM.int8 works on fp16 activations, and bitsandbytes warns of the cast at every product."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 @cache
