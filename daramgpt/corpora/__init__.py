@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from daramgpt.corpora.csv_edition import parse_csv
@@ -106,7 +107,12 @@ class Gathering:
         self.digests = array("Q")
         self._corpus = corpus
         self._strict = strict
-        self._repeats = RepeatTable(digests)
+        self._digests_before = digests
+
+    @cached_property
+    def _repeats(self) -> RepeatTable:
+        # Made when it is first asked: a corpus may be opened while the one before it still has its own.
+        return RepeatTable(self._digests_before)
 
     def add(self, report: ReadReport) -> None:
         """Count what was noted of a block, before its documents are kept.

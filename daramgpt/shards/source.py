@@ -137,6 +137,8 @@ class CorpusSource:
     def close(self) -> None:
         """The corpus is not needed any more."""
         self._digests.unlink(missing_ok=True)
+        # Its table of repeats is large, and references in a circle would keep it until the collector comes.
+        del self._gathering
 
     def _documents(self) -> Iterator[EncodedDocument]:
         for block, encoded in self._blocks:
