@@ -27,7 +27,8 @@ class Session:
         first_step, step: optimizer steps at its start and at its last line.
         tokens: of the run at its last line.
         seconds: of training.
-        reason: why it ended: ``done``, ``deadline``, ``interrupted``, ``failed``; ``died`` where no end was written.
+        reason: why it ended: ``done``, ``deadline``, ``interrupted``, ``out of memory``, ``failed``; ``died`` where no
+            end was written.
     """
 
     number: int

@@ -216,6 +216,17 @@ def make_plan(
     return plan
 
 
+def with_smaller_micro_batch(plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan with at most half the rows a forward pass, its steps the same; None where one row is all there is."""
+    rows_a_rank = plan["batch_rows"] // plan["world_size"]
+    most = plan["micro_batch_rows"] // 2
+    rows = max((divisor for divisor in range(1, most + 1) if rows_a_rank % divisor == 0), default=0)
+    if not rows:
+        return None
+    chunk_tokens = min(plan["loss_chunk_tokens"], rows * plan["context_tokens"])
+    return {**plan, "micro_batch_rows": rows, "loss_chunk_tokens": chunk_tokens}
+
+
 def choose_teacher_precision(
     recipe: Recipe,
     machine: hardware.Machine,

@@ -7,6 +7,7 @@ one never interrupted would have done.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import signal
@@ -17,16 +18,18 @@ from typing import Any
 
 import torch
 
-from daramgpt import checkpoint, ds_config, student
+from daramgpt import checkpoint, ds_config, planner, student
 from daramgpt.engine import Distiller
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger, seconds_used
 from daramgpt.progress import Console, TrainingDisplay
 from daramgpt.recipe import Recipe, Schedule
-from daramgpt.run_directory import RunDirectory
+from daramgpt.run_directory import RunDirectory, write_json
 from daramgpt.shards import Feed, Shards
 from daramgpt.teacher import Teacher
 
+# As from `Distiller.gather`.
+_Tensors = dict[str, dict[str, torch.Tensor]]
 # Steps over which the speed shown and used for the deadline is averaged.
 SPEED_WINDOW_STEPS = 20
 # Saving is given this factor over the longest save so far before the deadline.
@@ -132,49 +135,101 @@ def train(
     torch.manual_seed(recipe.seed)
     saved = checkpoint.newest(run.checkpoints, console)
     position = {"step": 0, "tokens": 0, "skipped_steps": 0, **(saved.state if saved else {})}
-    num_steps: int = plan["num_steps"]
+    tensors: _Tensors | None = None
+    loss_scaler: dict[str, Any] = {}
+    if saved:
+        console(f"{label}: goes on from step {position['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
+        tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
+        loss_scaler = saved.state["loss_scaler"]
+    while True:
+        distiller = _distiller(recipe, run, shards, plan, teacher, tensors)
+        if tensors is not None:
+            distiller.restore(tensors, position["step"], loss_scaler)
+        feed = Feed(
+            shards,
+            plan["batch_rows"],
+            plan["micro_batch_rows"],
+            distiller.rank,
+            distiller.world_size,
+            recipe.curriculum.passes,
+            recipe.seed,
+            recipe.curriculum.order,
+        )
+        assert feed.num_steps == plan["num_steps"], "the plan was made for these shards"
+        with contextlib.closing(distiller):
+            try:
+                return _loop(
+                    recipe, run, plan, feed, distiller, position, stop, console, Ledger(ledger), machine, label
+                )
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                plan = _with_less_memory(plan, run, console, label, error)
+            # Not in the handler: the failed pass's tensors live as long as its traceback. The optimizer has not moved.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            tensors, loss_scaler = distiller.gather(), distiller.loss_scaler()
+
+
+def _distiller(
+    recipe: Recipe,
+    run: RunDirectory,
+    shards: Shards,
+    plan: dict[str, Any],
+    teacher: Teacher | None,
+    tensors: _Tensors | None,
+) -> Distiller:
+    """A student with its optimizer; with the weights among `tensors`, if there are any."""
     model = student.build(
         recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
-    if saved:
-        console(f"{label}: goes on from step {position['step']:,} of {num_steps:,} ({saved.path.name})")
-        model.load_state_dict(saved.weights(), strict=False)
+    if tensors is not None:
+        model.load_state_dict(tensors["weights"], strict=False)
     document_start_id = None
     if recipe.curriculum.attention == "document":
         document_start_id = shards.eos_token_id
         if teacher is not None:
             teacher.check_documents(shards.context_tokens)
-    world_size: int = plan["world_size"]
-    distiller = Distiller(
+    return Distiller(
         model,
         recipe.loss,
         recipe.optimizer,
         ds_config.load(plan["ds_config"]),
         plan["micro_batch_rows"],
-        plan["batch_rows"] // (plan["micro_batch_rows"] * world_size),
+        plan["batch_rows"] // (plan["micro_batch_rows"] * plan["world_size"]),
         plan["loss_chunk_tokens"],
         teacher,
         run.log,
         document_start_id,
     )
-    if saved:
-        tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
-        distiller.restore(tensors, position["step"], saved.state["loss_scaler"])
-    feed = Feed(
-        shards,
-        plan["batch_rows"],
-        plan["micro_batch_rows"],
-        distiller.rank,
-        world_size,
-        recipe.curriculum.passes,
-        recipe.seed,
-        recipe.curriculum.order,
-    )
-    assert feed.num_steps == num_steps, "the plan was made for these shards"
-    try:
-        return _loop(recipe, run, plan, feed, distiller, position, stop, console, Ledger(ledger), machine, label)
-    finally:
-        distiller.close()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, or of a CPU whose system refuses more."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _with_less_memory(
+    plan: dict[str, Any], run: RunDirectory, console: Console, label: str, error: RuntimeError
+) -> dict[str, Any]:
+    """A plan with a smaller micro-batch, kept for the sessions to come.
+
+    Raises:
+        UserError: there is none, or other ranks wait for this one and have to begin anew with it.
+    """
+    rows, smaller = plan["micro_batch_rows"], planner.with_smaller_micro_batch(plan)
+    reason = str(error).splitlines()[0]
+    if smaller is None:
+        raise UserError(
+            f"{label}: out of memory with one row of {plan['context_tokens']} tokens a forward pass ({reason})",
+            "lower curriculum.context_tokens or engine.loss_chunk_tokens, or use a ds_config with offload",
+        ) from None
+    write_json(run.plan, smaller)
+    fault = f"{label}: out of memory with {rows} rows a forward pass ({reason})"
+    if plan["world_size"] > 1:
+        raise UserError(f"{fault}; {run.plan} has {smaller['micro_batch_rows']} now", "run the same command again")
+    console(f"{fault}; goes on with {smaller['micro_batch_rows']}, the batch of a step stays {plan['batch_rows']} rows")
+    return smaller
 
 
 def _loop(
@@ -224,6 +279,9 @@ def _loop(
             if position["step"] > saved_step:
                 save()
             reason = "done" if position["step"] >= num_steps else reason
+        except RuntimeError as error:
+            reason = "out of memory" if _is_out_of_memory(error) else None
+            raise
         finally:
             if distiller.is_first:
                 ledger.end(saved_step, position["tokens"], clock.seconds, reason or "failed")
