@@ -175,10 +175,8 @@ def plan(
             ranks_here = max(nodes.slots.values()) if nodes else num_gpus or max(1, len(machine.gpus))
             _make_plans(recipe, run, missing, machine, nodes.num_ranks if nodes else ranks_here, ranks_here)
         console(f"machine: {machine.describe()}")
-        for label, _, part_run in _parts(recipe, run):
-            frozen = planner.read_plan(part_run)
-            assert frozen is not None
-            planner.describe(label, frozen, console)
+        plans = {label: planner.read_plan(part_run) for label, _, part_run in _parts(recipe, run)}
+        planner.describe({label: frozen for label, frozen in plans.items() if frozen is not None}, console)
 
 
 def _make_plans(

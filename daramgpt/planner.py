@@ -44,6 +44,8 @@ PLAN_KEYS = {
     "predicted",
     "student",
 }
+# What is chosen from the machine, each with a reason.
+CHOICES = ("dtype", "teacher_precision", "ds_config")
 PRECISION_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "llm-int8": 1.0, "nf4": 0.5}
 
 
@@ -306,8 +308,25 @@ def read_plan(run: RunDirectory) -> dict[str, Any] | None:
     return plan
 
 
-def describe(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Print the plan of the training called `label`, for people."""
+def describe(plans: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Print the plans of a run's trainings, by what is trained, for people; what they share only once."""
+    choices = {
+        label: {key: f"{key}: {plan[key]} ({plan['reasons'][key]})" for key in CHOICES if plan[key] is not None}
+        for label, plan in plans.items()
+    }
+    for key in CHOICES:
+        lines = {lines[key] for lines in choices.values() if key in lines}
+        if len(lines) == 1:
+            say(lines.pop())
+            for own in choices.values():
+                own.pop(key, None)
+    for label, plan in plans.items():
+        _describe_training(label, plan, say)
+        for line in choices[label].values():
+            say(f"  {line}")
+
+
+def _describe_training(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> None:
     predicted = plan["predicted"]
     rows, context = plan["micro_batch_rows"], plan["context_tokens"]
     say(f"{label}:")
@@ -324,9 +343,6 @@ def describe(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> No
         f"  {predicted['model_flops_per_token'] / 1e6:,.1f} MFLOP a token; at this device's "
         f"{predicted['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s no less than {predicted['fewest_hours']:.3f} hours"
     )
-    for key in ("dtype", "teacher_precision", "ds_config"):
-        if plan[key] is not None:
-            say(f"  {key}: {plan[key]} ({plan['reasons'][key]})")
 
 
 def gemm_rate(dtype: str, sizes: Sequence[int], device: torch.device, seconds: float = 0.1) -> float:

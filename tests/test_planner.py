@@ -103,10 +103,20 @@ def test_the_plan_is_frozen_and_described(tmp_path: Path) -> None:
     assert plan["predicted"]["memory_total_bytes"] == sum(plan["predicted"]["memory_bytes"].values())
     student = recipe.load("quickstart").student
     assert plan["student"]["parameters"] == ModelShape(student.n_embd, student.n_layer, 4096, 256).parameters
-    lines: list[str] = []
-    planner.describe("student", plan, lines.append)
-    assert lines[0] == "student:" and f"{plan['num_steps']:,} steps" in lines[1]
     assert make(tmp_path, teacher=None)["teacher_precision"] is None
+
+
+def test_what_trainings_share_is_described_once(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    other = {**make(tmp_path, teacher=None), "ds_config": "another", "num_steps": 7}
+    lines: list[str] = []
+    planner.describe({"student": plan, "without a teacher": other}, lines.append)
+    dtype, precision = (f"{key}: {plan[key]} ({plan['reasons'][key]})" for key in ("dtype", "teacher_precision"))
+    assert lines[:3] == [dtype, precision, "student:"]
+    assert f"{plan['num_steps']:,} steps" in lines[3]
+    assert [line for line in lines if "ds_config" in line] == [
+        f"  ds_config: {name} ({plan['reasons']['ds_config']})" for name in (plan["ds_config"], "another")
+    ]
 
 
 def test_passes_lengthen_the_plan(tmp_path: Path) -> None:
