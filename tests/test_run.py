@@ -165,7 +165,7 @@ def metrics(run: Run) -> list[dict[str, Any]]:
 
 def test_a_run_ends_with_all_that_it_promises(prepared: Run) -> None:
     run, directory = prepared, prepared.directory
-    assert "all 5 stages" in run("evaluate") or "bits/byte" in run("evaluate")
+    assert "bits/byte" in run("evaluate")
     run("export")
     run("report")
     for path in (directory.recipe, directory.plan, directory.evaluation, directory.report, directory.log):
@@ -236,6 +236,8 @@ def test_killed_runs_end_with_the_same_weights(untrained: Run, prepared: Run) ->
 def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run) -> None:
     process = untrained.start("train")
     wait_for_steps(untrained, process, STEPS_TO_SEE)
+    if number == signal.SIGTERM:
+        assert_a_second_process_is_refused(untrained, process)
     process.send_signal(number)
     assert process.wait(DEADLINE_SECONDS) == 0
     status = untrained.status()
@@ -245,7 +247,16 @@ def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run) -> Non
     assert saved.state["step"] == len(metrics(untrained))
 
 
-def test_a_deadline_stops_with_everything_saved(untrained: Run, prepared: Run) -> None:
+def assert_a_second_process_is_refused(run: Run, process: subprocess.Popen[str]) -> None:
+    assert run.status()["state"] == "running"
+    line = [sys.executable, "-m", "daramgpt", "train", str(run.folder / "tiny.toml")]
+    line += ["--run", str(run.directory.path)]
+    second = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
+    assert second.returncode == 2
+    assert str(process.pid) in second.stderr
+
+
+def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
     process = untrained.start("train", "--hours", "0.000001")
     assert process.wait(DEADLINE_SECONDS) == 0
     status = untrained.status()
@@ -254,21 +265,8 @@ def test_a_deadline_stops_with_everything_saved(untrained: Run, prepared: Run) -
     assert status["step"] == 1
     untrained("evaluate")
     assert json.loads(untrained.directory.evaluation.read_text())["state"] == "partial"
-    untrained("train")
-    assert_same(untrained.weights(), prepared.weights())
-
-
-def test_a_second_process_is_refused(untrained: Run) -> None:
-    process = untrained.start("train")
-    wait_for_steps(untrained, process, 1)
-    assert untrained.status()["state"] == "running"
-    line = [sys.executable, "-m", "daramgpt", "train", str(untrained.folder / "tiny.toml")]
-    line += ["--run", str(untrained.directory.path)]
-    second = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
-    assert second.returncode == 2
-    assert str(process.pid) in second.stderr
-    process.terminate()
-    assert process.wait(DEADLINE_SECONDS) == 0
+    # What goes on from a checkpoint, however the session before ended, is what the killed runs show.
+    assert newest(untrained.directory.checkpoints) is not None
 
 
 def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run) -> None:

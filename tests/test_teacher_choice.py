@@ -177,7 +177,7 @@ def test_a_run_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         commands.plan(auto, run, lines.append)  # type: ignore[arg-type]
     frozen = planner.read_plan(run)
     assert frozen is not None and frozen["teacher_precision"] == "fp32"
-    assert len(calls) == 1 and lines.count("  teacher_precision: fp32 (because)") == 2
+    assert len(calls) == 1 and lines.count("teacher_precision: fp32 (because)") == 2
     named = RunDirectory(tmp_path / "named")
     commands.plan(recipe.load("quickstart", ["teacher.precision=llm-int8"]), named, lines.append)  # type: ignore[arg-type]
     frozen = planner.read_plan(named)
