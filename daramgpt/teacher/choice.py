@@ -188,8 +188,8 @@ def _forward_seconds(layer: nn.Module, inputs: torch.Tensor) -> float:
 def _import_bitsandbytes() -> None:
     """Import bitsandbytes without torch's compiler, which nothing here uses and whose import takes 3 s of a core.
 
-    bitsandbytes hands a few fallbacks to ``torch.compile``, and ``torch.library`` keeps the compiler off each of its
-    kernels: either imports it.
+    bitsandbytes hands a few fallbacks to ``torch.compile``, and torch keeps the compiler off each kernel that is
+    registered with it: either imports it.
     """
     if "bitsandbytes" in sys.modules:
         return
