@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from daramgpt import malloc
 from daramgpt.errors import UserError
+from daramgpt.teacher.activations import fuse_gelu
 from daramgpt.teacher.pickled import converted, default_cache, is_pickled
 from daramgpt.teacher.quantised import (
     EIGHT_BIT,
@@ -198,7 +198,7 @@ def load(
         model = _pretrained(model_dir, weights_dir, precision, compute_dtype, device or torch.device("cpu"))
     model.eval().requires_grad_(False)
     if getattr(model.config, "activation_function", None) == "gelu_new":
-        _fuse_gelu(model)
+        fuse_gelu(model)
     head = model.get_output_embeddings()
     if head is None:
         raise UserError(f"teacher.model: {model_dir} has no output embedding", "give a causal language model")
@@ -257,10 +257,3 @@ def _pretrained(
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"teacher.model: {model_dir} has no weights for {missing[0]}", mend)
     return model
-
-
-def _fuse_gelu(model: nn.Module) -> None:
-    """transformers' ``gelu_new`` is several memory-bound kernels; torch's tanh GELU is the same function in one."""
-    for module in model.modules():
-        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
-            module.act = nn.GELU(approximate="tanh")
