@@ -43,11 +43,13 @@ class Configuration:
         name: unique.
         precision: of `daramgpt.teacher.load`.
         compute_dtype: a key of `daramgpt.teacher.DTYPES`; of activations, embeddings and head.
+        half_accumulation: of `daramgpt.teacher.load`.
     """
 
     name: str
     precision: str
     compute_dtype: str
+    half_accumulation: bool = False
 
 
 REFERENCE = "fp32"
@@ -57,6 +59,7 @@ CONFIGURATIONS = (
     Configuration("fp16", "fp16", "fp16"),
     Configuration("int8", "int8", "bf16"),
     Configuration("int8-fp16", "int8", "fp16"),
+    Configuration("int8-fp16-half", "int8", "fp16", half_accumulation=True),
     Configuration("int8-fp32", "int8", "fp32"),
     Configuration("llm-int8", "llm-int8", "bf16"),
     Configuration("llm-int8-fp16", "llm-int8", "fp16"),
@@ -234,7 +237,8 @@ def _serve(configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log:
         transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(teacher_dir))
     dtype = teacher.DTYPES[configuration.compute_dtype]
     try:
-        tiny = teacher.load(tiny_dir, configuration.precision, dtype, device)
+        half = configuration.half_accumulation
+        tiny = teacher.load(tiny_dir, configuration.precision, dtype, device, half_accumulation=half)
         tiny.hidden_states(torch.zeros(1, WARM_UP_TOKENS, dtype=torch.int64, device=device))
         del tiny
         connection.send("warm")
@@ -242,7 +246,7 @@ def _serve(configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log:
         assert order == "load"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        loaded = teacher.load(teacher_dir, configuration.precision, dtype, device)
+        loaded = teacher.load(teacher_dir, configuration.precision, dtype, device, half_accumulation=half)
     except UserError as error:
         connection.send(_Refused(error.fault, error.mend))
         return

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from daramgpt import malloc
 from daramgpt.errors import UserError
 from daramgpt.teacher.activations import fuse_gelu
+from daramgpt.teacher.half_accumulation import check as check_half_accumulation
 from daramgpt.teacher.pickled import converted, default_cache, is_pickled
 from daramgpt.teacher.quantised import (
     EIGHT_BIT,
@@ -175,6 +176,7 @@ def load(
     compute_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     cache_dir: Path | None = None,
+    half_accumulation: bool = False,
 ) -> Teacher:
     """Load a causal language model as a frozen teacher and see that it gives finite values.
 
@@ -184,6 +186,7 @@ def load(
         compute_dtype: of activations, embeddings and head.
         device: CPU when None.
         cache_dir: holds the safetensors that pickled weights are converted to; the user's cache when None.
+        half_accumulation: an experiment for the P100, see the module of that name.
 
     Raises:
         UserError: not a causal language model, weights missing, broken or unsafe, or values that are not finite.
@@ -192,6 +195,8 @@ def load(
         compute_dtype = DTYPES[precision]
     elif precision not in QUANTISED:
         raise UserError(f"teacher.precision: {precision} is not available", f"use {', '.join((*QUANTISED, *DTYPES))}")
+    if half_accumulation:
+        check_half_accumulation(precision, compute_dtype, device or torch.device("cpu"))
     weights_dir = converted(model_dir, cache_dir or default_cache()) if is_pickled(model_dir) else model_dir
     # A weight is many times what its quantised form is, and comes in once.
     with malloc.large_blocks_returned():
@@ -203,7 +208,7 @@ def load(
     if head is None:
         raise UserError(f"teacher.model: {model_dir} has no output embedding", "give a causal language model")
     if precision in QUANTISED:
-        refit(model, precision, compute_dtype)
+        refit(model, precision, compute_dtype, half_accumulation)
     teacher = Teacher(
         model=model,
         head_weight=head.weight.detach(),

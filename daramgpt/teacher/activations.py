@@ -8,6 +8,8 @@ At 1920 -> 7680 channels and 4,096 tokens in bf16 the product with its GELU then
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ def join_products(model: nn.Module, linear_type: type[nn.Module], compute_dtype:
 
     Args:
         model: on a CPU; without oneDNN, or kernels of it for `compute_dtype`, it stays as it is.
-        linear_type: has an attribute `activation` that its forward gives to `product_with_activation`.
+        linear_type: has an attribute `product`, a function of inputs, weight and bias that its forward calls.
         compute_dtype: of the products.
     """
     if not _has_kernels(compute_dtype):
@@ -37,7 +39,7 @@ def join_products(model: nn.Module, linear_type: type[nn.Module], compute_dtype:
             linear, activation = getattr(module, linear_name, None), getattr(module, activation_name, None)
             names = _onednn_names(activation)
             if isinstance(linear, linear_type) and names is not None:
-                linear.activation = names
+                linear.product = partial(product_with_activation, activation=names)
                 setattr(module, activation_name, nn.Identity())
 
 

@@ -11,6 +11,7 @@ The weight-only forward is a subclass over the storage of ``Linear8bitLt``: a lo
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from daramgpt.errors import UserError
-from daramgpt.teacher.activations import join_products, product_with_activation
+from daramgpt.teacher.activations import join_products
+from daramgpt.teacher.half_accumulation import product as half_product
 from daramgpt.teacher.residual import is_norm, widen_residual_stream
 
 if TYPE_CHECKING:
@@ -42,10 +44,10 @@ def quantisation(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConf
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
 
 
-def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype) -> None:
+def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype, half_accumulation: bool = False) -> None:
     """Give a model that was quantised as it was read its forward, and what is not quantised the compute dtype.
 
-    The residual stream and its norms keep fp32; see `residual`.
+    The residual stream and its norms keep fp32; see `residual`. `half_accumulation`: see the module of that name.
 
     Raises:
         UserError: nf4 on a CPU with layers that bitsandbytes dequantises wrongly there.
@@ -56,6 +58,8 @@ def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype) ->
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear8bitLt):
                 module.__class__ = _weight_only_linear()  # type: ignore[assignment]
+                if half_accumulation:
+                    module.product = half_product
         if model.device.type == "cpu":
             join_products(model, _weight_only_linear(), compute_dtype)
     elif precision == "nf4":
@@ -149,16 +153,14 @@ def _weight_only_linear() -> type[nn.Module]:
     class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
         """``Linear8bitLt`` whose int8 rows are dequantised into the product; activations keep their dtype."""
 
-        activation: tuple[str, str] | None = None
+        product: Callable[..., torch.Tensor] = staticmethod(nn.functional.linear)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             rows, scales = self.weight.data, self.weight.SCB  # type: ignore[attr-defined]
             weight = _buffer(rows.shape, x.dtype, x.device)
             weight.copy_(rows)
             weight.mul_((scales / 127.0).to(x.dtype).unsqueeze(1))
-            if self.activation is not None:
-                return product_with_activation(x, weight, self.bias, self.activation)
-            return nn.functional.linear(x, weight, self.bias)
+            return self.product(x, weight, self.bias)
 
     return WeightOnlyLinear8bit
 
