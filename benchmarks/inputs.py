@@ -1,4 +1,4 @@
-"""What both sides of a speed measurement read, made once: token shards of real text, and a teacher on the disk.
+"""What all sides of a speed measurement read, made once: token shards of real text, and a teacher on the disk.
 
 The text is the package's own corpus, read by the real readers and tokenised into real shards; the teacher has the
 shape that is measured and random weights, for speed does not depend on their values.
@@ -32,10 +32,12 @@ class Measured:
     Attributes:
         vocab_size: of both models; at least that of the tokenizer.
         context_tokens: of a packed row; the longest sentence of the reference loop too.
-        micro_batch_rows, micro_batches: of a step of ours.
-        chunk_tokens: of our loss.
-        reference_steps: steps of the reference loop in a repetition.
+        micro_batch_rows: of a training whose micro-batch is not planned.
+        reference_steps: steps of the reference loop in a repetition, and of the rows that have its micro-batch.
+        reference_rows: packed rows with as many positions as a batch of the reference loop, about.
+        step_tokens: of an optimizer step of ours, which the plan cuts into micro-batches; on a CPU.
         gemm_sizes: of the square products that give the machine's rate.
+        side_bytes: of memory for each side that is alive on a CPU, about, with its part of what they share.
         text_megabytes: of corpus that is made.
     """
 
@@ -44,10 +46,11 @@ class Measured:
     vocab_size: int
     context_tokens: int
     micro_batch_rows: int
-    micro_batches: int
-    chunk_tokens: int
     reference_steps: int
+    reference_rows: int
+    step_tokens: int
     gemm_sizes: tuple[int, ...]
+    side_bytes: int
     text_megabytes: float
 
     def flops_per_token(self, attended_tokens: int) -> float:
@@ -66,10 +69,11 @@ SHAPES = {
         vocab_size=TRAINED_VOCAB_SIZE,
         context_tokens=512,
         micro_batch_rows=8,
-        micro_batches=1,
-        chunk_tokens=1024,
         reference_steps=2,
+        reference_rows=2,
+        step_tokens=4096,
         gemm_sizes=(1024, 2048),
+        side_bytes=1_000_000_000,
         text_megabytes=2.0,
     ),
     "full": Measured(
@@ -78,10 +82,11 @@ SHAPES = {
         vocab_size=51200,
         context_tokens=1024,
         micro_batch_rows=2,
-        micro_batches=1,
-        chunk_tokens=1024,
         reference_steps=1,
+        reference_rows=1,
+        step_tokens=4096,
         gemm_sizes=(2048, 4096, 8192),
+        side_bytes=7_000_000_000,
         text_megabytes=2.0,
     ),
 }

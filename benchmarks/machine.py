@@ -15,15 +15,14 @@ import torch
 from daramgpt import hardware
 from daramgpt.run_directory import write_atomically
 
-PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt")
-# What a side of a comparison is started with. glibc hands large tensors back to the kernel after each use unless told
-# otherwise, and their pages are faulted in anew: a training step on a CPU then takes up to three times as long. OpenMP
-# threads that wait in a loop hold the cores that another busy process needs; a run beside others then takes for ever.
+PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt", "trl", "liger-kernel")
+# What a side of a comparison is started with, as launch.sh starts a training. glibc hands large tensors back to the
+# kernel after each use unless told otherwise, and their pages are faulted in anew: a training step on a CPU then takes
+# up to three times as long.
 SIDE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "34359738368",
     "MALLOC_TRIM_THRESHOLD_": "34359738368",
     "MALLOC_MMAP_MAX_": "0",
-    "OMP_WAIT_POLICY": "passive",
 }
 
 

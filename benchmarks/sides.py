@@ -1,187 +1,158 @@
 """The sides of the speed measurement, each in a process of its own so that peaks of memory do not mix.
 
-A side is built, warmed up by one repetition, and then runs one repetition whenever it is asked to: the caller asks the
-sides in turn, so that whatever else the machine does falls on all of them alike.
+A side is built and then runs a repetition, or a step of another size, whenever it is asked to: the caller asks the
+sides in turn, so that whatever else the machine does falls on all of them alike. Teachers in fp32 are not copied into
+memory but mapped from their file, so all sides that hold one share its pages.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from benchmarks import reference_loop, sentence_lengths
-from benchmarks.inputs import SEED, SHAPES, Inputs, Measured, published_model, token_stream
+from benchmarks import ladder
+from benchmarks.inputs import SHAPES, Inputs
+from benchmarks.ladder import Settings, Work
 from benchmarks.machine import SIDE_ENVIRONMENT, PeakMemory
-from daramgpt import ds_config, hardware, student, teacher
-from daramgpt import recipe as recipes
-from daramgpt.engine import Distiller, import_deepspeed
-from daramgpt.shards import Feed
-
-# Sentences drawn for the reference loop are more than any measurement asks for, batch by batch.
-DRAWN_BATCHES = 400
+from daramgpt import hardware
+from daramgpt.engine import import_deepspeed
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a repetition did.
+class LeftOutError(Exception):
+    """A row that cannot be had here; the message says why."""
 
-    Attributes:
-        useful_tokens: tokens of text, seen once, whose next-token distribution entered the loss.
-        positions: computed by the models, padding included.
-        forward_passes: of the student.
-        attended_tokens: mean length, over useful tokens, of the row of text that holds them.
-    """
 
-    useful_tokens: int
-    positions: int
-    forward_passes: int
-    attended_tokens: float
+class OutOfMemoryError(Exception):
+    """A side ran out of memory, and has ended."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """A repetition and the seconds it took."""
+    """A repetition, the seconds it took, and the most memory that the side held meanwhile."""
 
     work: Work
     seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a side says of its row once it is built; see `benchmarks.ladder.Row`."""
+
+    micro_batch_tokens: int
+    chunk_tokens: int
+    unit_tokens: int
 
 
 class Side:
     """A side in its own process.
 
     Args:
-        name: a key of `BUILDERS`.
+        name: of a row of the ladder or of a peer.
         shape: a key of `benchmarks.inputs.SHAPES`.
         inputs_dir: what `benchmarks.inputs.make` wrote.
+        settings: of the plan.
+        memory_cap_bytes: of a GPU, that torch may take.
+
+    Raises:
+        LeftOutError: its libraries are not there.
+        OutOfMemoryError: its models do not fit.
     """
 
-    def __init__(self, name: str, shape: str, inputs_dir: Path) -> None:
+    def __init__(self, name: str, shape: str, inputs_dir: Path, settings: Settings, memory_cap_bytes: int) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # Allocator and OpenMP read their settings when the process starts.
         os.environ.update(SIDE_ENVIRONMENT)
-        self._process = context.Process(target=_serve, args=(name, shape, inputs_dir, theirs), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(name, shape, inputs_dir, settings, memory_cap_bytes, theirs), daemon=True
+        )
         self._process.start()
         theirs.close()
-        self.ready = False
+        self.row: Ready = self._receive()
 
-    def wait(self) -> None:
-        """Until it is built and warm."""
-        self._receive()
+    def step(self, tokens: int | None = None) -> Repetition:
+        """A repetition, or one step with a micro-batch of so many positions, in memory as little used as may be.
 
-    def repeat(self) -> Repetition:
-        """One repetition."""
-        self._connection.send("repeat")
+        Raises:
+            OutOfMemoryError: the side has ended.
+        """
+        self._connection.send(tokens)
         return self._receive()
 
-    def finish(self) -> int:
-        """End the process; its peak of memory in bytes."""
-        self._connection.send("finish")
-        peak = self._receive()
+    def finish(self) -> None:
+        """End the process."""
+        self._connection.close()
         self._process.join()
-        return peak
 
     def _receive(self) -> Any:
         try:
-            return self._connection.recv()
+            received = self._connection.recv()
         except EOFError:
             self._process.join()
             raise RuntimeError(
                 f"the side {self.name} ended with exit code {self._process.exitcode}; its message stands above"
             ) from None
+        if isinstance(received, Exception):
+            self.finish()
+            raise received
+        return received
 
 
-def _serve(name: str, shape: str, inputs_dir: Path, connection: Connection) -> None:
+def _serve(
+    name: str, shape: str, inputs_dir: Path, settings: Settings, memory_cap_bytes: int, connection: Connection
+) -> None:
     torch.set_num_threads(hardware.detect().num_cores)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        share = memory_cap_bytes / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     inputs, memory = Inputs(inputs_dir), PeakMemory(device)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    # For both sides: transformers imports it as well, while a model is loaded.
+    # For all sides: transformers imports it as well, while a model is loaded.
     import_deepspeed(inputs.log)
     memory.start()
-    repetitions = BUILDERS[name](SHAPES[shape], inputs, device)
-    next(repetitions)
-    memory.restart()
-    connection.send("ready")
-    while connection.recv() == "repeat":
-        _synchronise(device)
-        start = time.perf_counter()
-        work = next(repetitions)
-        _synchronise(device)
-        connection.send(Repetition(work, time.perf_counter() - start))
-    connection.send(memory.read_bytes())
+    try:
+        row = ladder.build(name, SHAPES[shape], inputs, settings, device)
+        connection.send(Ready(row.micro_batch_tokens, row.chunk_tokens, row.unit_tokens))
+        while True:
+            tokens = connection.recv()
+            if tokens is not None:
+                _return_freed_memory()
+            memory.restart()
+            _synchronise(device)
+            start = time.perf_counter()
+            work = row.step(tokens)
+            _synchronise(device)
+            connection.send(Repetition(work, time.perf_counter() - start, memory.read_bytes()))
+    except EOFError:
+        # The caller closes its end when it needs no more.
+        return
+    except ImportError as error:
+        connection.send(LeftOutError(f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+    except torch.OutOfMemoryError:
+        connection.send(OutOfMemoryError(name))
+
+
+def _return_freed_memory() -> None:
+    """Give back to the system what the process has freed, such as that of loading: later steps would hide in it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _synchronise(device: torch.device) -> None:
     """Wait for a GPU; a CPU is never ahead."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reference_loop(measured: Measured, inputs: Inputs, device: torch.device) -> Iterator[Work]:
-    shards = inputs.shards()
-    student = published_model(measured, measured.student, shards.eos_token_id)
-    loop = reference_loop.ReferenceLoop(inputs.teacher_dir, student, device)
-    num_sentences = DRAWN_BATCHES * reference_loop.BATCH_SENTENCES
-    lengths = sentence_lengths.load().draw(num_sentences, measured.context_tokens, np.random.default_rng(SEED))
-    sentences = reference_loop.PaddedSentences(token_stream(shards, sum(lengths)), lengths)
-    batches = iter(reference_loop.batches(sentences, shards.eos_token_id))
-    while True:
-        positions, row_tokens = 0, []
-        for _ in range(measured.reference_steps):
-            input_ids, mask = next(batches)
-            loop.step(input_ids, mask)
-            positions += input_ids.numel()
-            row_tokens += mask.sum(dim=1).tolist()
-        useful = sum(row_tokens)
-        attended = sum(tokens * tokens for tokens in row_tokens) / useful
-        yield Work(useful, positions, measured.reference_steps, attended)
-
-
-def _daramgpt(measured: Measured, inputs: Inputs, device: torch.device) -> Iterator[Work]:
-    shards, choices, recipe = inputs.shards(), hardware.choose(hardware.detect()), recipes.load("daramgpt")
-    frozen = teacher.load(inputs.teacher_dir, choices.teacher_precision, teacher.DTYPES[choices.dtype], device)
-    feed = Feed(
-        shards,
-        measured.micro_batch_rows * measured.micro_batches,
-        measured.micro_batch_rows,
-        rank=0,
-        world_size=1,
-        passes=1000,
-        seed=SEED,
-    )
-    distiller = Distiller(
-        student.build(measured.student, measured.vocab_size, measured.context_tokens, shards.eos_token_id, SEED),
-        recipe.loss,
-        recipe.optimizer,
-        ds_config.load(choices.ds_config),
-        measured.micro_batch_rows,
-        measured.micro_batches,
-        measured.chunk_tokens,
-        frozen,
-        inputs.log,
-    )
-    positions = measured.micro_batch_rows * measured.micro_batches * measured.context_tokens
-    for step in range(feed.num_steps):
-        num_targets = feed.num_targets(step)
-        batches = (feed.batch(step, micro) for micro in range(feed.micro_batches))
-        distiller.step(batches, num_targets, recipe.optimizer.learning_rate)
-        yield Work(num_targets, positions, measured.micro_batches, measured.context_tokens)
-
-
-BUILDERS: dict[str, Callable[[Measured, Inputs, torch.device], Iterator[Work]]] = {
-    "reference-loop": _reference_loop,
-    "daramgpt": _daramgpt,
-}

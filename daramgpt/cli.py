@@ -133,10 +133,18 @@ def plan(
     settings: SetOption = None,
     num_gpus: NumGpusOption = None,
     hostfile: HostfileOption = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help='Only say what "T4 x 2" or another GPU would take; nothing is frozen.')
+    ] = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Only say what each known GPU would take.")] = False,
 ) -> None:
     """Choose micro-batch, precision and schedule, predict memory and hours, and freeze them in plan.json."""
     from daramgpt import commands
 
+    if gpu is not None or gpus:
+        wanted, run_directory = commands.resolve(recipe, corpus, ds_config, run, settings)
+        print("\n".join(commands.forecast(wanted, run_directory, [] if gpu is None else [gpu])))
+        return
     nodes = _nodes(num_gpus, hostfile)
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     commands.plan(resolved, directory, console, num_gpus, nodes)
@@ -256,6 +264,14 @@ def generate(
     for piece in generator.generate(directory.export, prompt, tokens, temperature, top_p, top_k, seed):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command("probe-candidate", hidden=True)
+def probe_candidate(folder: Annotated[Path, typer.Argument()]) -> None:
+    """Try one micro-batch for `plan`."""
+    from daramgpt import commands
+
+    commands.probe_candidate(folder)
 
 
 @app.command("train-rank", hidden=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from daramgpt.launcher import Nodes
     from daramgpt.progress import Console
     from daramgpt.shards import Shards
+    from daramgpt.teacher import Teacher
 
 # Text that a tokenizer is trained from.
 TOKENIZER_TEXT_BYTES = 3_000_000
@@ -166,89 +167,70 @@ def plan(
         num_gpus: ranks, all on this machine; None = one a GPU.
         nodes: several machines; each is taken to be like this one.
     """
-    from daramgpt import planner
+    from daramgpt import planner, planning
 
     machine = hardware.detect()
     with locked(run):
-        missing = [part for part in _parts(recipe, run) if planner.read_plan(part[2]) is None]
+        parts = _parts(recipe, run)
+        missing = [part for part in parts if planner.read_plan(part[2]) is None]
         if missing:
             ranks_here = max(nodes.slots.values()) if nodes else num_gpus or max(1, len(machine.gpus))
-            _make_plans(recipe, run, missing, machine, nodes.num_ranks if nodes else ranks_here, ranks_here)
+            shards = _shards(run)
+            is_loaded = recipe.teacher is not None and recipe.teacher.model is not None
+            planning.make_plans(
+                [
+                    planning.Part(label, part, part_run, _teacher_dir(part, run) if part.teacher else None)
+                    for label, part, part_run in missing
+                ],
+                recipe,
+                run,
+                shards,
+                planning.vocab_size(_teacher_dir(recipe, run) if is_loaded else None, shards),
+                nodes.num_ranks if nodes else ranks_here,
+                ranks_here,
+                console,
+            )
         console(f"machine: {machine.describe()}")
-        plans = {label: planner.read_plan(part_run) for label, _, part_run in _parts(recipe, run)}
+        plans = {label: planner.read_plan(part_run) for label, _, part_run in parts}
         planner.describe({label: frozen for label, frozen in plans.items() if frozen is not None}, console)
 
 
-def _make_plans(
-    recipe: Recipe,
-    run: RunDirectory,
-    parts: list[tuple[str, Recipe, RunDirectory]],
-    machine: hardware.Machine,
-    world_size: int,
-    ranks_here: int,
-) -> None:
-    import torch
+def forecast(recipe: Recipe, run: RunDirectory, names: list[str]) -> list[str]:
+    """Lines on memory and hours on GPUs that need not be at hand.
 
-    from daramgpt import ds_config, planner
+    Args:
+        recipe, run: as from `resolve`; where the run has shards, they say how many tokens there are.
+        names: such as ``"T4 x 2"``; none = every GPU that is known.
 
-    shards = _shards(run)
-    chosen = hardware.choose(machine)
-    reasons = dict(chosen.reasons)
-    config_name = chosen.ds_config
-    if recipe.engine.ds_config != "auto":
-        config_name, reasons["ds_config"] = recipe.engine.ds_config, "the recipe or the command line says so"
-    dtype = ds_config.dtype(ds_config.load(config_name))
-    if dtype != chosen.dtype:
-        reasons["dtype"] = "the ds_config says so"
-        if fault := hardware.dtype_fault(machine, dtype):
-            reason = chosen.reasons["ds_config"]
-            raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config} ({reason})")
-    device = torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
-    rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
-    vocab_size = shards.vocab_size
-    if recipe.teacher is not None and recipe.teacher.model:
-        # An embedding may have more rows than the tokenizer has tokens; the student learns the teacher's logits.
-        vocab_size = planner.teacher_shape(_teacher_dir(recipe, run)).vocab_size
-        if vocab_size < shards.vocab_size:
-            raise UserError(
-                f"teacher.model: its tokenizer has {shards.vocab_size} tokens, its embedding {vocab_size} rows",
-                "give a model with the tokenizer it was trained with",
-            )
-    for _, part, part_run in parts:
-        teacher_shape, precision = None, chosen.teacher_precision
-        if part.teacher is not None and part.teacher.train is not None:
-            train = part.teacher.train
-            teacher_shape = planner.ModelShape(train.n_embd, train.n_layer, vocab_size, shards.context_tokens)
-        elif part.teacher is not None:
-            teacher_shape = planner.teacher_shape(_teacher_dir(part, run))
-        if part.teacher is not None and part.teacher.precision != "auto":
-            precision, reasons["teacher_precision"] = part.teacher.precision, "the recipe or the command line says so"
-        elif teacher_shape is not None:
-            precision, reasons["teacher_precision"] = planner.choose_teacher_precision(
-                part,
-                machine,
-                dtype=dtype,
-                teacher=teacher_shape,
-                context_tokens=shards.context_tokens,
-                vocab_size=vocab_size,
-                world_size=world_size,
-            )
-        planner.make_plan(
-            part,
-            part_run,
-            context_tokens=shards.context_tokens,
-            vocab_size=vocab_size,
-            num_rows=shards.num_rows,
-            teacher=teacher_shape,
-            memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes,
-            flops_per_second=rate,
-            num_threads=max(1, machine.num_cores // ranks_here),
-            world_size=world_size,
-            dtype=dtype,
-            teacher_precision=precision,
-            ds_config=config_name,
-            reasons=reasons,
+    Raises:
+        UserError: a GPU is not known, or the recipe trains its own teacher.
+    """
+    from daramgpt import planning, teacher
+
+    if recipe.teacher is None or recipe.teacher.model is None:
+        raise UserError(
+            f"recipe {recipe.name} trains a teacher of its own, which takes minutes anywhere",
+            "ask for the hours of a recipe with teacher.model, such as daramgpt",
         )
+    shards = _shards(run) if (run.shards / "index.json").is_file() else None
+    teacher_dir = teacher.resolve(recipe.teacher.model, recipe.teacher.revision, only_config=True)
+    return planning.forecast(recipe, names, teacher_dir, shards)
+
+
+def probe_candidate(folder: Path) -> None:
+    """Answer on standard output what one micro-batch does; see `daramgpt.planner.probe`.
+
+    Args:
+        folder: ``recipe.toml`` and ``job.json`` of the candidate.
+    """
+    from daramgpt import planning
+
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    run, plan = RunDirectory(Path(job["run"])), job["plan"]
+    whole = recipes.load(str(folder / "recipe.toml"))
+    recipe = next(part for label, part, _ in _parts(whole, run) if label == job["label"])
+    loaded = _load_teacher(recipe, run, plan) if recipe.teacher is not None else None
+    print(json.dumps(planning.try_candidate(recipe, RunDirectory(folder), _shards(run), plan, loaded)))
 
 
 def train_on_ranks(
@@ -389,20 +371,32 @@ def _train_part(
         console(f"{label}: all {frozen['num_steps']:,} steps are trained")
         return "done"
     # What is not needed to find that out is imported from here on.
-    import torch
-
-    from daramgpt import teacher
     from daramgpt.train import train as train_loop
 
     loaded = None
     if part.teacher is not None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
-        precision = frozen["teacher_precision"]
-        loaded = teacher.load(
-            _teacher_dir(part, run), precision, teacher.DTYPES[frozen["dtype"]], device, run.teacher_weights
-        )
-        console(f"teacher: {loaded.num_parameters:,} parameters, {precision}, {loaded.weight_bytes / 1e6:,.1f} MB")
+        loaded = _load_teacher(part, run, frozen)
+        weights = f"{frozen['teacher_precision']}, {loaded.weight_bytes / 1e6:,.1f} MB"
+        console(f"teacher: {loaded.num_parameters:,} parameters, {weights}")
     return train_loop(part, part_run, _shards(run), frozen, loaded, stop, console, run.ledger, machine, label)
+
+
+def _load_teacher(part: Recipe, run: RunDirectory, plan: dict[str, Any]) -> Teacher:
+    """The teacher of a training, on this rank's device in the plan's precision; `run` is the run itself."""
+    import torch
+
+    from daramgpt import teacher
+
+    assert part.teacher is not None
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+    return teacher.load(
+        _teacher_dir(part, run),
+        plan["teacher_precision"],
+        teacher.DTYPES[plan["dtype"]],
+        device,
+        run.teacher_weights,
+        part.teacher.half_accumulation,
+    )
 
 
 def _export_teacher(part: Recipe, part_run: RunDirectory, run: RunDirectory) -> None:

@@ -4,7 +4,7 @@ Everything follows from the compute capability and memory that ``nvidia-smi`` re
 the answer decides which torch is installed, and because torch counts emulation as support (it says that a T4 has
 bfloat16). Only the standard library is imported, so that a bare python3 can use this module.
 
-Sources: data sheets of the GPUs named in `GPU_TABLE`; CUDA C++ Programming Guide, "Compute Capabilities".
+Source: CUDA C++ Programming Guide, "Compute Capabilities".
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from daramgpt.gpu_table import Capability, rates
+
 GIB = 2**30
 TORCH_FLOOR = (2, 7, 1)
 TORCH_PIN = "2.13.0"
@@ -25,55 +27,11 @@ TORCH_PIN_OLD_GPUS = "2.7.1"
 TORCH_PIN_FROM = (7, 5)
 # Integer matrix products, which LLM.int8 needs.
 LLM_INT8_FROM = (7, 5)
+# As Linux names them.
+CPU_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 # A precision of the teacher may be this much slower than the fastest where it takes less memory.
 TEACHER_TOLERANCE = 0.10
 TEACHER_RULE = f"the smallest at most {TEACHER_TOLERANCE:.0%} slower than the fastest, of equals in size the most exact"
-
-Capability = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Data-sheet values of a GPU: dense products, in TFLOP/s, and memory bandwidth in GB/s.
-
-    16-bit rates are those with fp32 accumulation where the data sheet gives both; None = not supported.
-    """
-
-    capability: Capability
-    memory_gigabytes: int
-    fp32_teraflops: float
-    fp16_teraflops: float
-    bf16_teraflops: float | None
-    bandwidth_gigabytes_per_second: int
-
-
-# The words of a key all occur in the name that nvidia-smi gives; the key with most words wins.
-GPU_TABLE: dict[str, Rates] = {
-    # Data sheet: 18.7 fp16, with fp16 accumulation; the libraries accumulate in fp32, at the fp32 rate.
-    "P100": Rates((6, 0), 16, 9.3, 9.3, None, 732),
-    "V100": Rates((7, 0), 16, 14.0, 112.0, None, 900),  # data sheet, PCIe
-    "V100 SXM2": Rates((7, 0), 16, 15.7, 125.0, None, 900),  # data sheet
-    "T4": Rates((7, 5), 16, 8.1, 65.0, None, 320),  # data sheet
-    "L4": Rates((8, 9), 24, 30.3, 121.0, 121.0, 300),  # data sheet, without sparsity
-    "A10": Rates((8, 6), 24, 31.2, 125.0, 125.0, 600),  # data sheet
-    # GeForce: 16-bit products with fp32 accumulation run at twice the fp32 rate (half of what tensor cores could).
-    "RTX 3060": Rates((8, 6), 12, 12.7, 25.5, 25.5, 360),  # data sheet, GA106
-    "RTX 3070": Rates((8, 6), 8, 20.3, 40.6, 40.6, 448),  # data sheet, GA104
-    "RTX 3080": Rates((8, 6), 10, 29.8, 59.5, 59.5, 760),  # data sheet, GA102
-    "RTX 3090": Rates((8, 6), 24, 35.6, 71.0, 71.0, 936),  # data sheet, GA102
-    "RTX 4060": Rates((8, 9), 8, 15.1, 30.2, 30.2, 272),  # data sheet, Ada
-    "RTX 4070": Rates((8, 9), 12, 29.1, 58.3, 58.3, 504),  # data sheet, Ada
-    "RTX 4080": Rates((8, 9), 16, 48.7, 97.5, 97.5, 717),  # data sheet, Ada
-    "RTX 4090": Rates((8, 9), 24, 82.6, 165.2, 165.2, 1008),  # data sheet, Ada
-    "RTX 5070": Rates((12, 0), 12, 30.9, 61.7, 61.7, 672),  # data sheet, Blackwell
-    "RTX 5080": Rates((12, 0), 16, 56.3, 112.6, 112.6, 960),  # data sheet, Blackwell
-    "RTX 5090": Rates((12, 0), 32, 104.8, 209.5, 209.5, 1792),  # data sheet, Blackwell
-    "A100": Rates((8, 0), 40, 19.5, 312.0, 312.0, 1555),  # data sheet
-    "A100 80GB": Rates((8, 0), 80, 19.5, 312.0, 312.0, 1935),  # data sheet, PCIe
-    "H100": Rates((9, 0), 80, 67.0, 989.0, 989.0, 3350),  # data sheet, SXM
-    "H100 PCIE": Rates((9, 0), 80, 51.0, 756.0, 756.0, 2000),  # data sheet
-    "H200": Rates((9, 0), 141, 67.0, 989.0, 989.0, 4800),  # data sheet, SXM
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +45,16 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The GPUs, cores and memory that this process may use."""
+    """The GPUs, cores and memory that this process may use.
+
+    Attributes:
+        cpu_has_bf16: the cores have instructions for bf16 products, at two or more times the fp32 rate.
+    """
 
     gpus: tuple[Gpu, ...]
     num_cores: int
     memory_bytes: int
+    cpu_has_bf16: bool = False
 
     @property
     def device(self) -> str:
@@ -136,14 +99,8 @@ class Choices:
 def detect() -> Machine:
     """This machine; no GPU where nvidia-smi is absent or fails. ``CUDA_VISIBLE_DEVICES`` is honoured."""
     gpus = _parse_gpus(_nvidia_smi("name,memory.total,compute_cap") or _nvidia_smi("name,memory.total"))
-    return Machine(_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), _num_cores(), _memory_bytes())
-
-
-def rates(gpu_name: str) -> Rates | None:
-    """Data-sheet rates of the GPU that nvidia-smi calls `gpu_name`; None where `GPU_TABLE` lacks it."""
-    words = set(re.split(r"[^A-Z0-9]+", gpu_name.upper()))
-    matches = [key for key in GPU_TABLE if set(key.upper().split()) <= words]
-    return GPU_TABLE[max(matches, key=lambda key: len(key.split()))] if matches else None
+    visible = _visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Machine(visible, _num_cores(), _memory_bytes(), _cpu_has_bf16())
 
 
 def choose(machine: Machine) -> Choices:
@@ -252,10 +209,9 @@ def parse_version(text: str) -> tuple[int, ...]:
 def _choose_dtype(machine: Machine) -> tuple[str, str]:
     capability = machine.capability
     if capability is None:
-        return "fp32", (
-            "on a CPU fp32 repeats bit for bit; without AMX or AVX512-BF16 instructions bf16 is emulated, "
-            "a hundred times slower"
-        )
+        if machine.cpu_has_bf16:
+            return "bf16", "this CPU has instructions for bf16 products (AMX or AVX512), far faster than its fp32"
+        return "fp32", "this CPU has no AMX or AVX512-BF16 instructions: bf16 would be emulated, a hundred times slower"
     version = f"compute capability {capability[0]}.{capability[1]}"
     if capability >= (8, 0):
         return "bf16", f"{version} has bf16 (from 8.0): the range of fp32, so no loss scale"
@@ -281,7 +237,8 @@ def _choose_teacher_precision(machine: Machine) -> tuple[str, str]:
 
 def _choose_ds_config(machine: Machine, dtype: str) -> tuple[str, str]:
     if not machine.gpus:
-        return "cpu", "no GPU: ZeRO-2 with the optimizer on the CPU, fp32"
+        name = "cpu-bf16" if dtype == "bf16" else "cpu"
+        return name, f"no GPU: ZeRO-2 with the optimizer on the CPU, {dtype}"
     gibibytes = machine.gpu_memory_bytes / GIB
     memory = f"{gibibytes:.0f} GiB a GPU, {dtype}"
     if dtype == "fp32":
@@ -318,7 +275,7 @@ def _nvidia_smi(fields: str) -> str:
 
 
 def _parse_gpus(output: str) -> tuple[Gpu, ...]:
-    """GPUs from ``name, 15360 MiB, 7.5`` lines; what a line leaves out is taken from `GPU_TABLE`."""
+    """GPUs from ``name, 15360 MiB, 7.5`` lines; what a line leaves out is taken from `gpu_table`."""
     gpus = []
     for row in csv.reader(output.splitlines(), skipinitialspace=True):
         name, known = row[0].strip() if row else "", rates(row[0]) if row else None
@@ -351,6 +308,16 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether an x86 processor lists AMX or AVX512 instructions for bf16 products."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return flags is not None and not CPU_BF16_FLAGS.isdisjoint(flags[1].split())
 
 
 def _memory_bytes() -> int:

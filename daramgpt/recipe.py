@@ -160,6 +160,9 @@ class Teacher(Section):
     revision: str | None = Field(None, description="of the hub id: a tag, branch or commit")
     train: TeacherTraining | None = Field(None, description="train the teacher first instead of loading one")
     precision: Precision = Field("auto", description="of its blocks; the head stays in 16 or 32 bits")
+    half_accumulation: bool = Field(
+        False, description="experiment for a P100: int8 rows, products accumulated in fp16, at twice the rate"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Teacher:
@@ -175,11 +178,19 @@ class Student(Shape):
 
 
 class Loss(Section):
-    """kd_weight · T² · KL(teacher ‖ student) at temperature T, plus ce_weight · cross-entropy, in nats a token."""
+    """kd_weight · T² · divergence of teacher and student at temperature T + ce_weight · cross-entropy, nats a token."""
 
     temperature: float = Field(2.0, gt=0)
     kd_weight: float = Field(1.0, ge=0)
     ce_weight: float = Field(0.1, ge=0)
+    divergence: Literal["forward-kl", "reverse-kl", "jsd", "skew-kl"] = Field(
+        "forward-kl",
+        description="teacher p, student q: KL(p ‖ q), KL(q ‖ p), generalised Jensen-Shannon, KL(p ‖ mixture)",
+    )
+    jsd_beta: float = Field(
+        0.5, gt=0, lt=1, description="jsd: β of β · KL(p ‖ m) + (1 − β) · KL(q ‖ m), m = βp + (1 − β)q"
+    )
+    skew_alpha: float = Field(0.1, gt=0, lt=1, description="skew-kl: α of KL(p ‖ αp + (1 − α)q)")
 
 
 class Engine(Section):
@@ -188,6 +199,18 @@ class Engine(Section):
     ds_config: str = Field("auto", description="a name in ds_configs/, a file, or auto")
     micro_batch_rows: int | None = Field(None, ge=1, description="rows a forward pass; none = the plan chooses")
     loss_chunk_tokens: int | None = Field(None, ge=1, description="tokens the loss takes at a time; none = planned")
+    probe: Literal["auto", "off"] = Field(
+        "auto",
+        description="measure a few micro-batches before the plan is frozen; auto does where the run is long enough",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute the student's blocks once more in the backward pass instead of keeping activations"
+    )
+    compile: bool = Field(
+        False,
+        description="fuse what the blocks do beside their products by torch.compile; needs compute capability 7.0 and "
+        "Triton, or on a CPU a C++ compiler",
+    )
 
 
 class Checkpoint(Section):
@@ -389,7 +412,8 @@ def _toml_value(value: Any) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys that decide the result of a run and differ, as ``"key: old → new"``."""
-    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True, "corpus": {"workers"}}
+    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True}
+    free |= {"corpus": {"workers"}, "engine": {"probe"}}
     flat_old, flat_new = (dict(_flatten(recipe.model_dump(mode="json", exclude=free))) for recipe in (old, new))
     return [
         f"{key}: {flat_old.get(key)} → {flat_new.get(key)}"

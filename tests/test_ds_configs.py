@@ -15,7 +15,7 @@ from distilling import WIDE, Case, losses_on, make_teacher, plain_losses
 from daramgpt import ds_config
 from daramgpt.errors import UserError
 
-NAMES = ["a100-40gb", "cpu", "h100-80gb", "l4-24gb", "p100-16gb", "t4x2-16gb", "zero3-offload"]
+NAMES = ["a100-40gb", "cpu", "cpu-bf16", "h100-80gb", "l4-24gb", "p100-16gb", "t4x2-16gb", "zero3-offload"]
 
 
 def test_all_ship() -> None:
@@ -101,7 +101,7 @@ def test_a_file_that_would_mislead_is_refused_by_name(tmp_path: Path, config: An
 
 @pytest.mark.parametrize("name", ["h100", "nowhere/mine.json"])
 def test_a_missing_one_names_those_there_are(name: str) -> None:
-    with pytest.raises(UserError, match="a100-40gb, cpu, h100-80gb") as refusal:
+    with pytest.raises(UserError, match="a100-40gb, cpu, cpu-bf16, h100-80gb") as refusal:
         ds_config.load(name)
     assert name in refusal.value.fault
 

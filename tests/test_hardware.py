@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daramgpt import ds_config, hardware
+from daramgpt import ds_config, gpu_table, hardware
 from daramgpt.hardware import GIB, Gpu, Machine
 
 SMI = """\
@@ -31,6 +31,7 @@ def machine(name: str, mebibytes: int, capability: tuple[int, int], count: int =
 
 
 CPU = Machine((), 2, 8 * GIB)
+CPU_BF16 = Machine((), 2, 8 * GIB, cpu_has_bf16=True)
 P100 = machine("Tesla P100-PCIE-16GB", 16280, (6, 0))
 T4X2 = machine("Tesla T4", 15360, (7, 5), 2)
 
@@ -85,18 +86,19 @@ def test_visible_devices_are_honoured(
     ],
 )
 def test_names_are_looked_up_word_by_word(name: str, key: str) -> None:
-    assert hardware.rates(name) is hardware.GPU_TABLE[key]
+    assert gpu_table.rates(name) is gpu_table.GPU_TABLE[key]
 
 
 @pytest.mark.parametrize("name", ["NVIDIA L40S", "NVIDIA A10G", "NVIDIA GeForce GTX 1080", ""])
 def test_a_gpu_that_is_not_in_the_table_is_not_taken_for_a_similar_one(name: str) -> None:
-    assert hardware.rates(name) is None
+    assert gpu_table.rates(name) is None
 
 
 @pytest.mark.parametrize(
     ("on", "dtype", "config", "pin"),
     [
         (CPU, "fp32", "cpu", "2.13.0"),
+        (CPU_BF16, "bf16", "cpu-bf16", "2.13.0"),
         (P100, "fp16", "p100-16gb", "2.7.1"),
         (machine("Tesla V100-SXM2-16GB", 16384, (7, 0)), "fp16", "t4x2-16gb", "2.7.1"),
         (T4X2, "fp16", "t4x2-16gb", "2.13.0"),
@@ -135,6 +137,31 @@ def test_a_teachers_precisions_begin_with_the_smallest(on: Machine, dtype: str, 
     assert hardware.teacher_candidates(on, dtype) == candidates
     # What capability alone chooses is what is taken where nothing can be measured.
     assert hardware.choose(on).teacher_precision == candidates[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "has_bf16"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f amx_tile amx_bf16 amx_int8\n", True),
+        ("flags\t\t: fpu avx512_bf16\nflags\t\t: fpu avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("Features\t: fp asimd bf16\n", False),
+        ("", False),
+    ],
+)
+def test_bf16_of_a_cpu_is_read_from_its_flags(monkeypatch: pytest.MonkeyPatch, text: str, has_bf16: bool) -> None:
+    read_text = Path.read_text
+
+    def fake(path: Path, *arguments: str, **options: str) -> str:
+        return text if str(path) == "/proc/cpuinfo" else read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", fake)
+    assert hardware.detect().cpu_has_bf16 is has_bf16
+
+
+def test_a_gpu_decides_whatever_the_cpu_has() -> None:
+    with_gpu = Machine(P100.gpus, 2, 8 * GIB, cpu_has_bf16=True)
+    assert hardware.choose(with_gpu).dtype == "fp16"
 
 
 def test_the_weakest_gpu_decides() -> None:

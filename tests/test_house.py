@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
             "malloc",
             "run_directory",
             "recipe",
+            "gpu_table",
             "hardware",
             "ds_config",
             "ledger",
@@ -28,6 +29,7 @@ LAYERS: dict[str, int] = {
         (
             "attention",
             "bootstrap",
+            "compiling",
             "corpora",
             "generate",
             "losses",
@@ -41,12 +43,15 @@ LAYERS: dict[str, int] = {
     ),
     **dict.fromkeys(("curriculum", "tokenizer", "engine"), 2),
     **dict.fromkeys(("shards", "checkpoint", "planner"), 3),
-    **dict.fromkeys(("train", "status", "model_card", "export", "evaluation", "report", "doctor", "launcher"), 4),
+    **dict.fromkeys(
+        ("train", "status", "model_card", "export", "evaluation", "report", "doctor", "launcher", "planning"), 4
+    ),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 # Inside one layer these may be imported by the others of it: they are the layer's own ground floor.
 GROUND_FLOOR = {
     "errors",
+    "gpu_table",
     "text_table",
     "run_directory",
     "ledger",
@@ -118,6 +123,7 @@ def test_imports_go_down(path: Path) -> None:
             ("cli", "commands"),
             ("__main__", "cli"),
             ("export", "model_card"),
+            ("planning", "train"),
         }
         assert below or beside, f"{module} (layer {LAYERS[module]}) imports {target} (layer {LAYERS[target]})"
 

@@ -6,9 +6,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from daramgpt.losses import DistillationHead, Objective, Workspace, distillation_loss, distillation_loss_reference
+from daramgpt.losses import (
+    DIVERGENCES,
+    DistillationHead,
+    Objective,
+    Workspace,
+    distillation_loss,
+    distillation_loss_reference,
+    softmax,
+)
+from daramgpt.losses import (
+    fused as fused_module,
+)
+from daramgpt.losses.objective import Divergence
+from daramgpt.recipe import Loss
 
 N, V, D, DT = 37, 211, 16, 24
 
@@ -34,7 +48,7 @@ def reference(case: dict[str, Tensor], objective: Objective, with_teacher: bool 
     hidden, weight = (case[name].double().clone().requires_grad_() for name in ("student_hidden", "student_weight"))
     teacher_logits = case["teacher_hidden"].double() @ case["teacher_weight"].double().T + case["teacher_bias"].double()
     kd, ce = distillation_loss_reference(
-        hidden @ weight.T, teacher_logits if with_teacher else None, case["labels"], objective.temperature
+        hidden @ weight.T, teacher_logits if with_teacher else None, case["labels"], objective
     )
     loss = objective.kd_weight * kd + objective.ce_weight * ce
     loss.backward()
@@ -67,10 +81,20 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
-@pytest.mark.parametrize("chunk_tokens", [8, 37, 1000])
-def test_value_and_gradient_match_fp64(case: dict[str, Tensor], temperature: float, chunk_tokens: int) -> None:
-    objective = Objective(temperature, kd_weight=0.7, ce_weight=0.3)
+OBJECTIVES = [
+    Objective(temperature, 0.7, 0.3, divergence, beta, alpha)
+    for divergence in DIVERGENCES
+    for temperature, beta, alpha in [(1.0, 0.5, 0.1), (2.0, 0.1, 0.5), (1.7, 0.9, 0.01)]
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence}-{o.temperature}")
+@pytest.mark.parametrize("chunk_tokens", [8, 1000])
+def test_value_and_gradient_match_fp64(
+    case: dict[str, Tensor], objective: Objective, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks of a few rows, and a ragged one.
+    monkeypatch.setattr(softmax, "CPU_BLOCK_ELEMENTS", 3 * V)
     assert_close(fused(case, objective, chunk_tokens=chunk_tokens), reference(case, objective), 1e-5)
     assert_close(
         fused(case, objective, chunk_tokens=chunk_tokens, dtype=torch.float64), reference(case, objective), 1e-12
@@ -93,7 +117,10 @@ def test_realistic_vocabulary_matches_fp64() -> None:
     assert_close(fused(case, Objective(), chunk_tokens=200), reference(case, Objective()), 1e-5)
 
 
-@pytest.mark.parametrize("objective", [Objective(2.0, 0.0, 1.0), Objective(2.0, 1.0, 0.0), Objective(1.0, 1.0, 0.0)])
+WEIGHTS = [(2.0, 0.0, 1.0), (2.0, 1.0, 0.0), (1.0, 1.0, 0.0)]
+
+
+@pytest.mark.parametrize("objective", [Objective(*w, divergence=d) for w in WEIGHTS for d in DIVERGENCES], ids=str)
 def test_a_weight_of_zero_leaves_its_term_out_of_the_loss_but_reports_it(
     case: dict[str, Tensor], objective: Objective
 ) -> None:
@@ -134,9 +161,10 @@ def test_no_targets_at_all_give_zeros(case: dict[str, Tensor], num_tokens: int) 
     assert not any(tensor.any() for tensor in fused(case, Objective()))
 
 
-def test_gradient_is_the_derivative_of_the_value(case: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_is_the_derivative_of_the_value(case: dict[str, Tensor], divergence: Divergence) -> None:
     """Central differences in fp64, coordinate by coordinate, on a tiny case."""
-    objective = Objective(1.5, 1.0, 0.4)
+    objective = Objective(1.5, 1.0, 0.4, divergence)
     tiny = {
         name: tensor[:3] if name in ("student_hidden", "teacher_hidden", "labels") else tensor[:7]
         for name, tensor in case.items()
@@ -156,14 +184,98 @@ def test_gradient_is_the_derivative_of_the_value(case: dict[str, Tensor]) -> Non
         torch.testing.assert_close(gradient, numeric, rtol=1e-6, atol=1e-8)
 
 
-def test_kd_is_zero_when_student_and_teacher_agree(case: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_kd_is_zero_when_student_and_teacher_agree(case: dict[str, Tensor], divergence: Divergence) -> None:
     hidden, weight = case["student_hidden"].float().requires_grad_(), case["student_weight"].float()
     loss, kd, ce = distillation_loss(
-        hidden, weight, case["labels"], hidden, weight, objective=Objective(2.0, 1.0, 0.0), chunk_tokens=8
+        hidden, weight, case["labels"], hidden, weight, objective=Objective(2.0, 1.0, 0.0, divergence), chunk_tokens=8
     )
     loss.backward()
     assert abs(kd.item()) < 1e-4 * ce.item()
     assert hidden.grad is not None and hidden.grad.abs().max() < 1e-5
+
+
+def test_divergences_are_those_of_their_papers() -> None:
+    """Worked by hand for p = (1/2, 1/2), q = (1/4, 3/4)."""
+    p, q = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum()
+
+    def kd(divergence: Divergence, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
+        eye = torch.eye(2, dtype=torch.float64)
+        objective = Objective(1.0, 1.0, 0.0, divergence, beta, alpha)
+        return distillation_loss(
+            q.log().unsqueeze(0), eye, torch.tensor([0]), p.log().unsqueeze(0), eye, objective=objective
+        )[1]
+
+    expected = {
+        kd("forward-kl"): kl(p, q),
+        kd("reverse-kl"): kl(q, p),
+        kd("jsd", beta=0.2): 0.2 * kl(p, 0.2 * p + 0.8 * q) + 0.8 * kl(q, 0.2 * p + 0.8 * q),
+        kd("skew-kl", alpha=0.3): kl(p, 0.3 * p + 0.7 * q),
+        # The limits of GKD's convention.
+        kd("jsd", beta=1e-6) / 1e-6: kl(p, q),
+        kd("jsd", beta=1 - 1e-6) / 1e-6: kl(q, p),
+    }
+    for found, value in expected.items():
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence}-{o.temperature}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_that_underflow_do_no_harm(
+    case: dict[str, Tensor], objective: Objective, dtype: torch.dtype
+) -> None:
+    """Logits hundreds apart, and of both models at different tokens: fp32 has no such probabilities."""
+    case = {**case, **{n: (40 * case[n]).to(dtype).double() for n in ("student_hidden", "teacher_hidden")}}
+    found = fused(case, objective, dtype=dtype)
+    assert all(tensor.isfinite().all() for tensor in found)
+    # bf16 rounds logits of hundreds to even numbers.
+    if dtype == torch.float32:
+        assert_close(found, reference(case, objective), 3e-5)
+
+
+def test_logits_of_a_product_that_is_not_rounded(case: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a product with an fp32 result gives bf16 hidden states: the error of their gradient's rounding alone."""
+    product = torch.mm
+
+    def wide_product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        result = product(a, b) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
+        return result if out is None else out.copy_(result)
+
+    rounded = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in case.items()}
+    expected = reference(rounded, Objective())
+    narrow = fused(case, Objective(), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", wide_product)
+    monkeypatch.setattr(fused_module, "_has_wide_products", lambda device_type, dtype: True)
+    wide = fused(case, Objective(), dtype=torch.bfloat16)
+    for found, value in zip(wide[:3], expected[:3], strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=0)
+    assert_close(wide, expected, 5e-3)
+    assert abs(narrow[0] - expected[0]) > 10 * abs(wide[0] - expected[0])
+
+
+def test_scaling_rounds_no_factor(case: dict[str, Tensor]) -> None:
+    """bf16 takes 77.3 for 77.5: a bias that every gradient would share."""
+    factor = 77.3
+    one, scaled = (fused(case, Objective(), dtype=torch.bfloat16, scale=scale) for scale in (1.0, factor))
+    for index in (3, 4):
+        ratio = scaled[index].double().norm() / one[index].double().norm()
+        assert abs(ratio / factor - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting", [{"jsd_beta": 0.0}, {"jsd_beta": 1.0}, {"skew_alpha": 1.5}, {"divergence": "kl"}, {"temperature": 0.0}]
+)
+def test_recipe_refuses_what_no_divergence_has(setting: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        Loss.model_validate(setting)
+
+
+def test_recipe_and_objective_know_the_same_divergences_and_defaults() -> None:
+    for divergence in DIVERGENCES:
+        assert Objective(**Loss(divergence=divergence).model_dump()) == Objective(divergence=divergence)
 
 
 def test_temperature_squared_keeps_the_size_of_the_gradient(case: dict[str, Tensor]) -> None:
@@ -218,7 +330,7 @@ def test_tied_weight_gets_both_gradients(case: dict[str, Tensor]) -> None:
 
 def test_a_second_call_leaves_the_first_gradient_alone(case: dict[str, Tensor]) -> None:
     weight = torch.nn.Parameter(case["student_weight"].float())
-    head = DistillationHead(weight, temperature=1.0, kd_weight=0.0, ce_weight=1.0, chunk_tokens=8)
+    head = DistillationHead(weight, objective=Objective(1.0, 0.0, 1.0), chunk_tokens=8)
     hidden = case["student_hidden"].float()
     first = head(hidden, case["labels"])[0]
     head(hidden * 3, case["labels"])
@@ -261,4 +373,31 @@ def test_memory_does_not_grow_with_the_tokens(case: dict[str, Tensor]) -> None:
             workspace=workspace,
         )
         held.append(workspace.num_bytes)
+    # Both models' logits of a chunk, and a block.
     assert held[0] == held[1] <= 3 * 16 * V * 8
+
+
+@pytest.mark.parametrize(
+    ("student_dtype", "teacher_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_student_and_teacher_may_compute_in_different_dtypes(
+    student_dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    teacher_hidden, teacher_weight = torch.randn(9, 12, generator=generator), torch.randn(33, 12, generator=generator)
+    labels = torch.randint(33, (9,), generator=generator)
+    student = [tensor.to(student_dtype).requires_grad_() for tensor in (hidden, weight)]
+    teacher = [tensor.to(teacher_dtype) for tensor in (teacher_hidden, teacher_weight)]
+    loss, _, _ = distillation_loss(*student, labels, *teacher, objective=Objective(), chunk_tokens=4)
+    loss.backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in student]
+    wide_teacher = [tensor.double() for tensor in teacher]
+    kd, ce = distillation_loss_reference(
+        exact[0] @ exact[1].T, wide_teacher[0] @ wide_teacher[1].T, labels, Objective().temperature
+    )
+    (kd + Objective().ce_weight * ce).backward()
+    assert loss.item() == pytest.approx((kd + Objective().ce_weight * ce).item(), rel=1e-2)
+    for given, wanted in zip(student, exact, strict=True):
+        assert given.grad is not None and wanted.grad is not None
+        assert (given.grad.double() - wanted.grad).norm() < 2e-2 * wanted.grad.norm()

@@ -10,108 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import BATCH_ROWS, MICRO_ROWS, Training, make_texts
 
-from daramgpt import planner, student, train
+from daramgpt import planner
 from daramgpt.checkpoint import newest
-from daramgpt.engine import DistillationModel
+from daramgpt.engine import DistillationModel, Distiller
 from daramgpt.errors import UserError
 from daramgpt.ledger import sessions
-from daramgpt.planner import ModelShape, make_plan
 from daramgpt.progress import Console
-from daramgpt.recipe import Recipe, Shape, validate
-from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import Shards, prepare
-from daramgpt.teacher import Teacher
-from daramgpt.tokenizer import train_tokenizer
+from daramgpt.train.out_of_memory import with_less_memory
 
-CONTEXT, MICRO_ROWS, BATCH_ROWS = 16, 4, 12
-TEACHER_SHAPE = Shape(n_embd=24, n_head=2, n_layer=1)
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
 ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a corpus, and a tokenizer trained on it."""
     folder = tmp_path_factory.mktemp("texts")
-    lines = [f"{number}번째 글이다. 오늘은 {number % 7}시에 밥을 먹었다! 내일도 먹을까?" for number in range(200)]
-    (folder / "corpora" / "web").mkdir(parents=True)
-    (folder / "corpora" / "web" / "texts.jsonl").write_text(
-        "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines), encoding="utf-8"
-    )
-    train_tokenizer(lines, 300, folder / "tokenizer")
+    make_texts(folder)
     return folder
-
-
-class Training:
-    """One tiny run, in this process."""
-
-    def __init__(self, texts: Path, folder: Path, ds_config: str) -> None:
-        self.run, self.said = RunDirectory(folder / "run"), []
-        self.recipe: Recipe = validate(
-            {
-                "name": "test",
-                "corpus": {"dir": str(texts / "corpora"), "workers": 1},
-                "curriculum": {
-                    "context_tokens": CONTEXT,
-                    "stages": [{"name": "web", "corpus": "web", "take": "8KB", "unit": "sentence"}],
-                },
-                "teacher": {"model": "not-read-here"},
-                "student": {"n_embd": 16, "n_head": 2, "n_layer": 1},
-                "optimizer": {"batch_tokens": BATCH_ROWS * CONTEXT, "learning_rate": 3e-3},
-                "engine": {"micro_batch_rows": MICRO_ROWS},
-            },
-            "test",
-        )
-        prepare(self.recipe, self.run, texts / "tokenizer", CONTEXT, lambda line: None)
-        self.shards = Shards(self.run.shards)
-        vocab_size = self.shards.vocab_size
-        self.plan = make_plan(
-            self.recipe,
-            self.run,
-            context_tokens=CONTEXT,
-            vocab_size=vocab_size,
-            num_rows=self.shards.num_rows,
-            teacher=ModelShape(TEACHER_SHAPE.n_embd, TEACHER_SHAPE.n_layer, vocab_size, CONTEXT),
-            memory_limit_bytes=10**9,
-            flops_per_second=1e9,
-            num_threads=1,
-            world_size=1,
-            dtype="fp32",
-            teacher_precision="fp32",
-            ds_config=ds_config,
-            reasons={},
-        )
-        model = student.build(TEACHER_SHAPE, vocab_size, CONTEXT, self.shards.eos_token_id, seed=2).eval()
-        model.requires_grad_(False)
-        model.lm_head.weight.mul_(8)
-        self.teacher = Teacher(model, model.lm_head.weight, None, "fp32", 0, 0, CONTEXT)
-
-    def __call__(self, plan: dict[str, Any]) -> str:
-        console = Console(self.run.log)
-        with (self.run.path / "said.txt").open("a") as console.rich.file:
-            return train.train(
-                self.recipe,
-                self.run,
-                self.shards,
-                plan,
-                self.teacher,
-                train.StopRequest(None),
-                console,
-                self.run.ledger,
-                "here",
-                "student",
-            )
-
-    def losses(self) -> list[float]:
-        entries = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
-        assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
-        return [entry["loss"] for entry in entries]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        saved = newest(self.run.checkpoints)
-        assert saved is not None
-        return saved.weights()
 
 
 @pytest.fixture(params=["cpu", "zero-3"])
@@ -162,15 +79,61 @@ def test_the_losses_are_those_of_a_run_with_the_smaller_micro_batch(
     assert "out of memory with 4 rows a forward pass" in (training.run.path / "said.txt").read_text()
 
 
-def test_one_row_that_does_not_fit_is_refused(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_that_does_not_fit_is_refused_and_nothing_is_lost(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = Training(texts, tmp_path, "cpu")
-    run_out(monkeypatch, 0, 5, torch.OutOfMemoryError)
+    # Two steps of three passes are done by then.
+    run_out(monkeypatch, 0, 8, torch.OutOfMemoryError)
     with pytest.raises(UserError, match="one row of 16 tokens") as caught:
         training(training.plan)
     assert "context_tokens" in caught.value.mend
     frozen = planner.read_plan(training.run)
     assert frozen is not None and frozen["micro_batch_rows"] == 1
-    assert [session.reason for session in sessions(training.run.ledger)] == ["out of memory"] * 3
+    ended = list(sessions(training.run.ledger))
+    assert [session.reason for session in ended] == ["out of memory"] * 3
+    saved = newest(training.run.checkpoints)
+    assert saved is not None and saved.state["step"] == ended[-1].step == 2
+    assert saved.state["tokens"] == json.loads(training.run.metrics.read_text().splitlines()[-1])["tokens"]
+
+
+@pytest.mark.parametrize("cut", ["while-the-optimizer-moves", "before-its-step-is-counted"])
+def test_an_optimizer_cut_short_is_not_gone_on_from(
+    cut: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Training(texts, tmp_path / "undisturbed", "cpu")
+    smaller = planner.with_smaller_micro_batch(undisturbed.plan)
+    assert smaller is not None and undisturbed(smaller) == "done"
+    training = Training(texts, tmp_path / "disturbed", "cpu", every_minutes=1e-9)
+    step, calls = Distiller.step, 0
+
+    def spoiling(self: Distiller, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        engine_step = self.engine.step
+
+        def failing_step() -> None:
+            if not self.is_intact:
+                tensors = self.gather()
+                tensors["weights"] = {name: value + 1 for name, value in tensors["weights"].items()}
+                self.restore(tensors, 99, {})
+                raise torch.OutOfMemoryError(MESSAGE)
+            engine_step()
+
+        def failing_result(*arguments: Any) -> Any:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+        if calls == 4:
+            if cut == "while-the-optimizer-moves":
+                self.engine.step = failing_step
+            else:
+                self._result = failing_result  # type: ignore[method-assign]
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(Distiller, "step", spoiling)
+    assert training(training.plan) == "done"
+    assert [session.step for session in sessions(training.run.ledger)] == [3, training.plan["num_steps"]]
+    assert training.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
 
 
 def test_another_fault_is_not_taken_for_it(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +152,7 @@ def test_several_ranks_begin_anew_with_the_smaller_one(texts: Path, tmp_path: Pa
     training = Training(texts, tmp_path, "cpu")
     plan = {**training.plan, "world_size": 2, "batch_rows": 24, "micro_batch_rows": 6}
     with pytest.raises(UserError) as caught:
-        train._with_less_memory(plan, training.run, Console(), "student", torch.OutOfMemoryError(MESSAGE))
+        with_less_memory(plan, training.run, Console(), "student", MESSAGE)
     assert "6 rows" in caught.value.fault and MESSAGE in caught.value.fault and "same command" in caught.value.mend
     frozen = planner.read_plan(training.run)
     assert frozen is not None and frozen["micro_batch_rows"] == 3

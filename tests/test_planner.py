@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from daramgpt import planner, recipe
 from daramgpt.errors import UserError
 from daramgpt.planner import ModelShape
-from daramgpt.run_directory import RunDirectory
+from daramgpt.run_directory import RunDirectory, write_json
 
 TRINITY = ModelShape(n_embd=1920, n_layer=24, vocab_size=51200, num_positions=1024)
 STUDENT = ModelShape(n_embd=768, n_layer=4, vocab_size=51200, num_positions=1024)
@@ -52,30 +53,6 @@ def test_flops_of_the_reference_run_are_about_2_8_gflop_a_token() -> None:
     assert STUDENT.forward_flops(1024) - STUDENT.forward_flops(512) == 2 * 4 * 768 * 512
 
 
-def test_memory_by_component() -> None:
-    tokens, chunk = 4096, 655
-    memory = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp32", tokens, chunk)
-    assert memory["student weights"] == 4 * STUDENT.parameters
-    assert memory["optimizer"] == 8 * STUDENT.parameters
-    assert memory["teacher weights"] == TRINITY.block_parameters + 4 * TRINITY.embedding_parameters
-    assert memory["loss buffers"] == 3 * chunk * 51200 * 4
-    # In half precision an fp32 copy of the weights comes with the moments.
-    half = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp16", tokens, chunk)
-    assert half["optimizer"] == 12 * STUDENT.parameters and half["student weights"] == 2 * STUDENT.parameters
-    assert half["loss buffers"] == memory["loss buffers"]
-    # Only activations grow with the micro-batch: the loss is chunked.
-    double = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp32", 2 * tokens, chunk)
-    assert {name for name in memory if double[name] != memory[name]} == {"activations", "teacher activations"}
-    assert double["activations"] == 2 * memory["activations"]
-    eight_bit = planner.memory_bytes(STUDENT, TRINITY, "int8", "fp16", tokens, chunk, "adamw-8bit")
-    # fp32 weights, two bytes of moments, and two fp32 scales for 256 of them.
-    assert eight_bit["optimizer"] == pytest.approx(STUDENT.parameters * (4 + 2 + 8 / 256), abs=1)
-    assert {**eight_bit, "optimizer": 0} == {**half, "optimizer": 0}
-
-    alone = planner.memory_bytes(STUDENT, None, "int8", "fp32", tokens, chunk)
-    assert memory.keys() - alone.keys() == {"teacher weights", "teacher activations"}
-
-
 def make(folder: Path, *overrides: str, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "context_tokens": 256,
@@ -89,6 +66,7 @@ def make(folder: Path, *overrides: str, **changes: Any) -> dict[str, Any]:
         "dtype": "fp32",
         "teacher_precision": "int8",
         "ds_config": "cpu",
+        "rates": planner.of_gpu("T4", "fp32"),
         "reasons": {"dtype": "a", "teacher_precision": "b", "ds_config": "c"},
     }
     wanted = recipe.load("quickstart", ["optimizer.batch_tokens=8192", *overrides])
@@ -153,6 +131,7 @@ def test_batch_ranks_and_micro_batch_divide(
         world_size=world_size,
         num_rows=num_rows,
         dtype=dtype,
+        device="cpu" if dtype == "fp32" else "cuda",
         memory_limit_bytes=memory_gigabytes * 10**9,
     )
     micro = plan["micro_batch_rows"]
@@ -170,7 +149,7 @@ def test_batch_ranks_and_micro_batch_divide(
 
 
 def test_a_larger_memory_takes_a_larger_micro_batch(tmp_path: Path) -> None:
-    wanted = {"dtype": "fp16", "context_tokens": 1024, "vocab_size": 51200, "teacher": TRINITY}
+    wanted = {"dtype": "fp16", "device": "cuda", "context_tokens": 1024, "vocab_size": 51200, "teacher": TRINITY}
     sizes = [
         make(tmp_path, "optimizer.batch_tokens=262144", memory_limit_bytes=gigabytes * 10**9, **wanted)
         for gigabytes in (4, 8, 80)
@@ -199,7 +178,7 @@ def test_a_plan_without_one_key_names_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     plan = make(tmp_path)
     for key in ("num_steps", "batch_rows", "micro_batch_rows", "world_size", "num_threads", "loss_chunk_tokens"):
-        planner.write_json(run.plan, {name: value for name, value in plan.items() if name != key})
+        write_json(run.plan, {name: value for name, value in plan.items() if name != key})
         with pytest.raises(UserError, match=key):
             planner.read_plan(run)
 
@@ -210,3 +189,50 @@ def test_the_shape_of_a_teacher_comes_from_its_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"teacher\.model"):
         planner.teacher_shape(tmp_path)
+
+
+def test_speed_is_predicted_where_rates_are_known(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    predicted = plan["predicted"]
+    step_tokens = plan["batch_rows"] * plan["context_tokens"]
+    assert predicted["tokens_per_second"] == pytest.approx(step_tokens / sum(predicted["seconds_per_step"].values()))
+    assert predicted["hours"] == pytest.approx(1000 * 256 / predicted["tokens_per_second"] / 3600)
+    # What is not a product comes on top of the products.
+    rate = predicted["rates"]["product_flops_per_second"]
+    assert predicted["tokens_per_second"] < rate / predicted["model_flops_per_token"]
+    without = make(tmp_path, rates=None)
+    assert "hours" not in without["predicted"]
+    assert without["micro_batch_rows"] == plan["micro_batch_rows"]
+
+
+def test_time_follows_the_work() -> None:
+    """Products scale with the models, softmax with the vocabulary, nothing but communication with the ranks."""
+    rates = planner.of_gpu("T4", "fp16")
+    step = planner.Step(STUDENT, TRINITY, "int8", "fp16", 1024, 4, 2, 655, ds_config={}, device="cuda")
+    seconds = planner.step_seconds(step, rates)
+    products = sum(value for name, value in seconds.items() if name.endswith(("products", "teacher head")))
+    flops = planner.step_flops(STUDENT, TRINITY, 0) * step.tokens * step.micro_batches
+    # Biases and norms are no products.
+    assert products * rates.product_flops_per_second == pytest.approx(flops, rel=1e-3)
+    twice = planner.step_seconds(replace(step, micro_batches=4), rates)
+    assert {name for name in seconds if twice[name] != pytest.approx(2 * seconds[name])} == {"optimizer"}
+    assert twice["optimizer"] == seconds["optimizer"]
+    alone = planner.step_seconds(replace(step, teacher=None), rates)
+    assert seconds.keys() - alone.keys() == {
+        "teacher products",
+        "teacher head",
+        "teacher attention",
+        "teacher elementwise",
+        "teacher dequantisation",
+    }
+    assert alone["softmax"] < seconds["softmax"]
+    recomputed = planner.step_seconds(replace(step, recomputes=True), rates)
+    assert recomputed["student products"] == pytest.approx(4 / 3 * seconds["student products"])
+    documents = planner.step_seconds(replace(step, is_by_document=True), rates)
+    assert documents["student attention"] == pytest.approx(2 * seconds["student attention"])
+
+
+def test_the_rates_of_this_machine_are_measured() -> None:
+    rates = planner.measure("fp32", torch.device("cpu"))
+    figures = [value for name, value in vars(rates).items() if name != "source"]
+    assert all(math.isfinite(value) and value > 0 for value in figures)

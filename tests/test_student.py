@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from daramgpt import student
+from daramgpt.attention import Documents
 from daramgpt.recipe import Shape
 
 SHAPE = Shape(n_embd=48, n_head=3, n_layer=2)
@@ -37,6 +38,36 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(seed: int) -> None:
     other = student.build(SHAPE, 321, 40, 5, seed + 1).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointed_activations_give_the_same_gradients_from_fewer_bytes(masked: bool) -> None:
+    ids = torch.arange(64).view(2, 32)
+    inputs = Documents(ids, 7).model_inputs(torch.float32) if masked else {}
+    found = []
+    for is_checkpointed in (False, True):
+        model = student.build(SHAPE, 321, 40, 5, seed=0).train()
+        if is_checkpointed:
+            student.checkpoint_activations(model)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model.transformer(ids, use_cache=False, **inputs).last_hidden_state
+        activations = sum(size for address, size in kept.items() if address not in weights)
+        hidden.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.transformer.named_parameters()}
+        found.append((hidden.detach(), gradients, activations))
+    (plain, expected, all_bytes), (checkpointed, gradients, few_bytes) = found
+    assert torch.equal(checkpointed, plain)
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.equal(gradient, expected[name]), name
+    # A block keeps its input and no more: the mask of a document is one for all of them.
+    assert few_bytes < all_bytes / 3
 
 
 def test_the_global_random_state_is_left_as_it_was() -> None:

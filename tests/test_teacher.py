@@ -266,6 +266,14 @@ def test_what_is_not_quantised_has_the_compute_dtype_and_norms_keep_fp32(
     assert all(buffer.dtype == torch.float32 for buffer in frequencies)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not say which files are mapped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_teacher_does_not_keep_its_file_mapped(folder: Path, dtype: torch.dtype) -> None:
+    loaded = teacher.load(folder, "int8", dtype)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert loaded.weight_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("precision", teacher.QUANTISED)
 def test_the_residual_stream_is_fp32_and_products_are_not(

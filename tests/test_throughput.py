@@ -13,19 +13,21 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import machine, reference_loop, sentence_lengths, throughput
+from benchmarks import machine, reference_loop, sentence_lengths, throughput, throughput_result
 from benchmarks.inputs import SHAPES
-from benchmarks.sides import Repetition, Work
+from benchmarks.ladder import Settings, Work
+from benchmarks.sides import Repetition
+from benchmarks.throughput_result import Measurement
 from daramgpt import planner
 
 
 def test_committed_lengths_are_a_distribution_that_pads_as_known() -> None:
     lengths = sentence_lengths.load()
     assert sum(lengths.counts.values()) > 100_000 and min(lengths.counts) >= 1
-    random = np.random.default_rng(0)
-    shares = [lengths.padding_share(batch, 1024, 300, random) for batch in (1, 8, 16, 32)]
-    assert shares[0] == 0
+    shares = [lengths.padding_share(batch, 1024) for batch in (1, 8, 16, 32)]
+    assert shares[0] == pytest.approx(0, abs=1e-9)
     assert 0.5 < shares[1] < shares[2] < shares[3] < 0.85
+    assert shares[2] == pytest.approx(0.69, abs=0.01)
 
 
 def test_drawn_lengths_are_cut_and_repeatable() -> None:
@@ -40,8 +42,13 @@ def test_lengths_are_counted_in_tokens() -> None:
         assert not add_special_tokens
         return {"input_ids": [[0] * len(text.split()) for text in texts]}
 
-    counted = sentence_lengths.count_lengths(["a b", "c", "d e", ""], tokenizer)  # type: ignore[arg-type]
-    assert counted.counts == {1: 1, 2: 2}
+    lengths = sentence_lengths.token_lengths(["a b", "c", "d e", ""], tokenizer)  # type: ignore[arg-type]
+    assert list(lengths) == [2, 1, 2]
+
+
+def test_neighbours_are_padded_to_their_longest() -> None:
+    assert sentence_lengths.padding_in_order([1, 1, 9, 9, 5], batch=2) == 0
+    assert sentence_lengths.padding_in_order([1, 9, 1, 9], batch=2) == pytest.approx(1 - 20 / 36)
 
 
 def test_histogram_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,25 +106,59 @@ def test_full_shape_is_the_reference_run() -> None:
     assert SHAPES["full"].flops_per_token(1024) == pytest.approx(2.8e9, rel=0.03)
 
 
-def _result() -> dict[str, Any]:
-    def row(name: str, useful: int, positions: int, seconds: list[float]) -> dict[str, Any]:
-        repetitions = [Repetition(Work(useful, positions, 2, 22.0), second) for second in seconds]
-        return throughput.row(name, repetitions, 3_000_000, "fp32", 1e9, 1e12)
+SETTINGS = Settings("bf16", "int8", "cpu-bf16", 4, 1, 655, 655)
 
-    rows = [row("reference-loop", 320, 1000, [1.0, 2.0, 100.0]), row("daramgpt", 1000, 1000, [1.0, 0.5, 0.5])]
-    return throughput.result("small", rows, 1e12)
+
+def _measurement(name: str, dtype: str, useful: int, seconds: list[float], largest: int | None) -> Measurement:
+    repetitions = {
+        number: Repetition(Work(useful, 1000, 2, 500, 22.0, 3.0), second, 3_000_000 + number)
+        for number, second in enumerate(seconds)
+    }
+    return Measurement(name, dtype, 500, repetitions, {128: 1_000_000}, 3.0, largest)
+
+
+def _result(*names: str) -> dict[str, Any]:
+    measurements = [
+        _measurement("daramgpt", "bf16", 1000, [1.0, 0.5, 0.5], 4000),
+        _measurement("reference-loop", "fp32", 320, [1.0, 2.0, 100.0], 400),
+    ]
+    kept = {entry.name: entry for entry in measurements if entry.name in (names or ("reference-loop", "daramgpt"))}
+    rates = {"fp32": 1e12, "bf16": 2e12}
+    return throughput_result.result(
+        "small", SHAPES["small"], 16 * 10**9, SETTINGS, kept, {"trl-gkd": "trl is not installed"}, rates, False
+    )
 
 
 def test_result_has_the_documented_keys_and_definitions() -> None:
     result = _result()
     assert result["padding_share"] == pytest.approx(0.68)
-    assert result["speedup_over_reference"] == pytest.approx(2000 / 160)
     reference, ours = result["rows"]
     assert reference["useful_tokens_per_second"] == pytest.approx(160), "the median, not the mean"
-    assert reference["micro_batch_tokens"] == 500
-    assert reference["roofline_fraction"] == pytest.approx(160 * 1e9 / 1e12)
+    assert reference["micro_batch_tokens"] == 500 and reference["peak_memory_bytes"] == 3_000_002
+    flops = SHAPES["small"].flops_per_token(22)
+    assert reference["model_flops_per_token"] == flops
+    assert reference["roofline_fraction"] == pytest.approx(160 * flops / 1e12), "products in the row's own dtype"
+    assert ours["roofline_fraction"] == pytest.approx(2000 * flops / 2e12)
+    assert result["gemm_flops_per_second"] == 2e12
     assert ours["curriculum_hours"] == pytest.approx(1.3e9 / 2000 / 3600)
-    assert ours["largest_micro_batch_tokens"] is None and "largest_micro_batch_tokens" in result["not_measured"]
+    assert result["micro_batch_over_reference"] == pytest.approx(10)
+    assert result["left_out"] == {"trl-gkd": "trl is not installed"} and result["not_measured"] == []
+
+
+def test_speedup_is_that_of_a_round() -> None:
+    """1,000, 2,000 and 2,000 tokens/s over 320, 160 and 3.2: the median of the ratios is no ratio of medians."""
+    result = _result()
+    assert result["speedup_over_reference"] == pytest.approx(2000 / 160)
+    ours = result["rows"][1]
+    assert ours["over_reference"] == result["speedup_over_reference"]
+    assert ours["lowest_and_highest_over_reference"] == pytest.approx([1000 / 320, 2000 / 3.2])
+
+
+def test_what_was_not_run_is_null_and_named() -> None:
+    result = _result("daramgpt")
+    absent = {"padding_share", "speedup_over_reference", "micro_batch_over_reference"}
+    assert all(result[key] is None for key in absent) and absent <= set(result["not_measured"])
+    assert result["rows"][0]["over_reference"] is None and "over_reference" in result["not_measured"]
 
 
 def test_readme_explains_every_key() -> None:
@@ -134,12 +175,13 @@ def test_result_is_written_with_hardware_and_versions(tmp_path: Path) -> None:
     assert [row["name"] for row in written["rows"]] == ["reference-loop", "daramgpt"]
 
 
-def test_table_names_both_sides_and_says_what_was_not_measured() -> None:
-    text = throughput.format_result(_result())
-    lines = text.splitlines()
+def test_table_names_the_sides_and_what_was_left_out() -> None:
+    lines = throughput_result.format_result(_result()).splitlines()
     assert lines[1].startswith("reference-loop") and lines[2].startswith("daramgpt")
     assert len({len(line) for line in lines[:3]}) == 1, "columns are aligned"
-    assert "12.50" in lines[3] and "not searched" in lines[3]
+    assert "12.50" in lines[2] and "12.50" in lines[3] and "10.0" in lines[3]
+    assert lines[-1] == "left out: trl-gkd: trl is not installed"
+    assert throughput_result.format_result(_result("daramgpt"))
 
 
 def test_gemm_rate_is_a_rate() -> None:

@@ -97,3 +97,19 @@ def test_the_clock_averages_seconds_a_token_over_the_newest_steps() -> None:
     for _ in range(200):
         clock.stepped(1.0, 100)
     assert clock.token_seconds == pytest.approx(0.01, rel=1e-3)
+
+
+def test_another_step_takes_what_is_left_of_this_one_and_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = Clock(0.0, 0.0)
+    clock.step_starts()
+    now = 60.0
+    # Nothing is known but that the first step has taken this long.
+    assert clock.seconds_for_another_step(100) == 10.0
+    clock.stepped(8.0, 100)
+    clock.step_starts()
+    now = 62.0
+    assert clock.seconds_for_another_step(100) == 6.0 + 8.0
+    now = 70.0
+    assert clock.seconds_for_another_step(100) == 10.0

@@ -126,8 +126,13 @@ class Teacher:
             )
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, only_config: bool = False) -> Path:
     """The directory of a teacher: a local one as it is, a hub id downloaded to the Hugging Face cache.
+
+    Args:
+        model: folder, or hub id.
+        revision: of the hub id.
+        only_config: leaves weights and tokenizer on the hub, for what needs the shape alone.
 
     Raises:
         UserError: no such directory, and the hub has none of that name or cannot be reached.
@@ -141,12 +146,9 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise UserError(f'teacher.model: there is no folder "{model}"', "correct the path, or give a hub id owner/name")
     from huggingface_hub import snapshot_download
 
+    patterns = ["config.json"] if only_config else ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-            )
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client's own, httpx's and OSError's all mean the same to the user
         raise UserError(
             f'teacher.model: "{model}" is no folder here and could not be fetched from the hub '

@@ -39,7 +39,7 @@ def join_products(model: nn.Module, linear_type: type[nn.Module], compute_dtype:
             linear, activation = getattr(module, linear_name, None), getattr(module, activation_name, None)
             names = _onednn_names(activation)
             if isinstance(linear, linear_type) and names is not None:
-                linear.product = partial(product_with_activation, activation=names)
+                linear.product = partial(product_with_activation, activation=names)  # type: ignore[assignment]
                 setattr(module, activation_name, nn.Identity())
 
 

@@ -59,7 +59,7 @@ def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype, ha
             if isinstance(module, bnb.nn.Linear8bitLt):
                 module.__class__ = _weight_only_linear()  # type: ignore[assignment]
                 if half_accumulation:
-                    module.product = half_product
+                    module.product = half_product  # type: ignore[assignment]
         if model.device.type == "cpu":
             join_products(model, _weight_only_linear(), compute_dtype)
     elif precision == "nf4":
@@ -75,12 +75,12 @@ def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype, ha
     else:
         _hush_casts()
     for module in model.modules():
-        if is_norm(module):
-            continue
+        dtype = torch.float32 if is_norm(module) else compute_dtype
         for parameter in module.parameters(recurse=False):
             if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
-                # The same parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
-                parameter.data = parameter.data.to(compute_dtype)
+                # A copy, for a view of the mapped file would keep all of it in the process's resident memory. The same
+                # parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
+                parameter.data = parameter.data.to(dtype, copy=True)
     model.config.dtype = compute_dtype
     widen_residual_stream(model, model.get_input_embeddings(), compute_dtype)
 

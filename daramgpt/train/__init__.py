@@ -10,94 +10,32 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
-import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from daramgpt import checkpoint, ds_config, planner, student
+from daramgpt import checkpoint, compiling, ds_config, student
 from daramgpt.engine import Distiller
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger, seconds_used
 from daramgpt.progress import Console, TrainingDisplay
 from daramgpt.recipe import Recipe, Schedule
-from daramgpt.run_directory import RunDirectory, write_json
-from daramgpt.shards import Feed, Shards
+from daramgpt.run_directory import RunDirectory
+from daramgpt.shards import Feed, Prefetch, Shards
 from daramgpt.teacher import Teacher
+from daramgpt.train.out_of_memory import StepOutOfMemoryError, is_out_of_memory, with_less_memory
+from daramgpt.train.schedule import learning_rate
+from daramgpt.train.session import Clock, StopRequest
+
+__all__ = ["Clock", "StopRequest", "build_distiller", "learning_rate", "train"]
 
 # As from `Distiller.gather`.
 _Tensors = dict[str, dict[str, torch.Tensor]]
-# Steps over which the speed shown and used for the deadline is averaged.
-SPEED_WINDOW_STEPS = 20
 # Saving is given this factor over the longest save so far before the deadline.
 SAVE_MARGIN = 1.5
-
-
-class StopRequest:
-    """Why a session should stop soon, if it should: its deadline, a signal, or a file that another process writes.
-
-    Args:
-        deadline: Unix time by which the session is to be over, saving included; None = none.
-        file: its existence asks to stop; None = none.
-    """
-
-    def __init__(self, deadline: float | None, file: Path | None = None) -> None:
-        self.deadline, self.file = deadline, file
-        self._signalled = False
-
-    def listen(self) -> None:
-        """Take SIGTERM and SIGINT as requests; a second SIGINT exits at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        self._signalled = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def reason(self, seconds_needed: float) -> str | None:
-        """``"interrupted"``, ``"deadline"`` or None.
-
-        Args:
-            seconds_needed: for one more step and a save.
-        """
-        if self._signalled or (self.file is not None and self.file.exists()):
-            return "interrupted"
-        if self.deadline is not None and time.time() + seconds_needed > self.deadline:
-            return "deadline"
-        return None
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds of this session, of its steps and of its saves."""
-
-    started: float
-    used_before: float
-    save_seconds: float = 1.0
-    token_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def stepped(self, seconds: float, num_tokens: int) -> None:
-        """Average the seconds a token of the steps, the newest ones weighing most."""
-        weight = 1.0 if not self.token_seconds else 1 / SPEED_WINDOW_STEPS
-        self.token_seconds += weight * (seconds / num_tokens - self.token_seconds)
-
-
-def learning_rate(peak: float, schedule: Schedule, step: int, num_steps: int) -> float:
-    """Of step number `step` (from 0): linear warm-up, plateau, linear decay (arXiv 2404.06395)."""
-    warmup_steps = schedule.warmup_fraction * num_steps
-    decay_steps = schedule.decay_fraction * num_steps
-    factor = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    left = num_steps - step
-    if left < decay_steps:
-        factor = min(factor, schedule.final_ratio + (1 - schedule.final_ratio) * left / decay_steps)
-    return peak * factor
 
 
 def train(
@@ -129,22 +67,19 @@ def train(
 
     Raises:
         UserError: the loss is not finite, no checkpoint verifies, the disk is full, DeepSpeed refuses its config, the
-            teacher cannot be shown documents one by one.
+            teacher cannot be shown documents one by one, not even one row fits the memory.
     """
     torch.set_num_threads(plan["num_threads"])
     torch.manual_seed(recipe.seed)
-    saved = checkpoint.newest(run.checkpoints, console)
-    position = {"step": 0, "tokens": 0, "skipped_steps": 0, **(saved.state if saved else {})}
-    tensors: _Tensors | None = None
-    loss_scaler: dict[str, Any] = {}
-    if saved:
-        console(f"{label}: goes on from step {position['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
-        tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
-        loss_scaler = saved.state["loss_scaler"]
+    if recipe.engine.compile and teacher is not None:
+        compiling.compile_blocks(teacher.model)
     while True:
-        distiller = _distiller(recipe, run, shards, plan, teacher, tensors)
+        position, tensors, loss_scaler = _newest(run, plan, console, label)
+        distiller = build_distiller(recipe, run, shards, plan, teacher, tensors)
         if tensors is not None:
             distiller.restore(tensors, position["step"], loss_scaler)
+        # Three times the weights are not to lie there for hours.
+        tensors = None
         feed = Feed(
             shards,
             plan["batch_rows"],
@@ -161,17 +96,24 @@ def train(
                 return _loop(
                     recipe, run, plan, feed, distiller, position, stop, console, Ledger(ledger), machine, label
                 )
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                plan = _with_less_memory(plan, run, console, label, error)
-            # Not in the handler: the failed pass's tensors live as long as its traceback. The optimizer has not moved.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            tensors, loss_scaler = distiller.gather(), distiller.loss_scaler()
+            except StepOutOfMemoryError as error:
+                plan = with_less_memory(plan, run, console, label, str(error))
 
 
-def _distiller(
+def _newest(
+    run: RunDirectory, plan: dict[str, Any], console: Console, label: str
+) -> tuple[dict[str, Any], _Tensors | None, dict[str, Any]]:
+    """Position, tensors and loss scaler of the newest checkpoint; those of a beginning where there is none."""
+    saved = checkpoint.newest(run.checkpoints, console)
+    position = {"step": 0, "tokens": 0, "skipped_steps": 0}
+    if saved is None:
+        return position, None, {}
+    console(f"{label}: goes on from step {saved.state['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
+    tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
+    return {**position, **saved.state}, tensors, saved.state["loss_scaler"]
+
+
+def build_distiller(
     recipe: Recipe,
     run: RunDirectory,
     shards: Shards,
@@ -179,12 +121,24 @@ def _distiller(
     teacher: Teacher | None,
     tensors: _Tensors | None,
 ) -> Distiller:
-    """A student with its optimizer; with the weights among `tensors`, if there are any."""
+    """A student with its optimizer, as a run of this plan trains it.
+
+    Args:
+        recipe, run, shards, plan, teacher: as of `train`.
+        tensors: of a checkpoint, whose weights the student gets; None = as it is initialised.
+
+    Raises:
+        UserError: DeepSpeed refuses its config, the teacher cannot be shown documents one by one.
+    """
     model = student.build(
         recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
     if tensors is not None:
         model.load_state_dict(tensors["weights"], strict=False)
+    if recipe.engine.compile:
+        compiling.compile_blocks(model)
+    if recipe.engine.activation_checkpointing:
+        student.checkpoint_activations(model)
     document_start_id = None
     if recipe.curriculum.attention == "document":
         document_start_id = shards.eos_token_id
@@ -202,34 +156,6 @@ def _distiller(
         run.log,
         document_start_id,
     )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, or of a CPU whose system refuses more."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _with_less_memory(
-    plan: dict[str, Any], run: RunDirectory, console: Console, label: str, error: RuntimeError
-) -> dict[str, Any]:
-    """A plan with a smaller micro-batch, kept for the sessions to come.
-
-    Raises:
-        UserError: there is none, or other ranks wait for this one and have to begin anew with it.
-    """
-    rows, smaller = plan["micro_batch_rows"], planner.with_smaller_micro_batch(plan)
-    reason = str(error).splitlines()[0]
-    if smaller is None:
-        raise UserError(
-            f"{label}: out of memory with one row of {plan['context_tokens']} tokens a forward pass ({reason})",
-            "lower curriculum.context_tokens or engine.loss_chunk_tokens, or use a ds_config with offload",
-        ) from None
-    write_json(run.plan, smaller)
-    fault = f"{label}: out of memory with {rows} rows a forward pass ({reason})"
-    if plan["world_size"] > 1:
-        raise UserError(f"{fault}; {run.plan} has {smaller['micro_batch_rows']} now", "run the same command again")
-    console(f"{fault}; goes on with {smaller['micro_batch_rows']}, the batch of a step stays {plan['batch_rows']} rows")
-    return smaller
 
 
 def _loop(
@@ -251,6 +177,7 @@ def _loop(
     num_steps, saved_step, saved_at, reason = plan["num_steps"], position["step"], time.monotonic(), None
     step_tokens = plan["batch_rows"] * plan["context_tokens"]
     budget_seconds = 3600 * recipe.budget.budget_hours - clock.used_before
+    asked: str | None = None
 
     def save() -> None:
         nonlocal saved_step, saved_at
@@ -261,48 +188,77 @@ def _loop(
         if distiller.is_first:
             ledger.beat(position["step"], position["tokens"], clock.seconds)
 
-    with TrainingDisplay(console, run.metrics, label, num_steps, position["step"], distiller.is_first) as display:
+    def ends_and_saves() -> tuple[bool, bool]:
+        """Whether this rank was asked to stop, and whether a checkpoint is due; the step is still being computed."""
+        nonlocal asked
+        needed = clock.seconds_for_another_step(step_tokens) + SAVE_MARGIN * clock.save_seconds
+        asked = stop.reason(needed) or ("deadline" if clock.seconds + needed > budget_seconds else None)
+        return asked is not None, time.monotonic() - saved_at >= 60 * recipe.checkpoint.every_minutes
+
+    fault: str | None = None
+    with (
+        TrainingDisplay(console, run.metrics, label, num_steps, position["step"], distiller.is_first) as display,
+        contextlib.closing(Prefetch(feed, distiller.device)) as rows,
+    ):
         try:
             while position["step"] < num_steps:
-                entry = _step(recipe, plan, feed, distiller, position, clock)
+                entry, is_end, is_due = _step(recipe, plan, feed, rows, distiller, position, clock, ends_and_saves)
                 if entry is not None:
                     display.step(entry)
-                needed = clock.token_seconds * step_tokens + SAVE_MARGIN * clock.save_seconds
-                asked = stop.reason(needed) or ("deadline" if clock.seconds + needed > budget_seconds else None)
                 # Every rank takes the same decision, whoever was asked.
-                if distiller.any_rank(asked is not None):
+                if is_end:
                     reason = asked or "interrupted"
                     break
-                due = time.monotonic() - saved_at >= 60 * recipe.checkpoint.every_minutes
-                if distiller.any_rank(due) and position["step"] > saved_step:
+                if is_due and position["step"] > saved_step:
                     save()
             if position["step"] > saved_step:
                 save()
             reason = "done" if position["step"] >= num_steps else reason
         except RuntimeError as error:
-            reason = "out of memory" if _is_out_of_memory(error) else None
-            raise
+            if not is_out_of_memory(error):
+                raise
+            fault = str(error).splitlines()[0]
         finally:
-            if distiller.is_first:
+            if distiller.is_first and fault is None:
                 ledger.end(saved_step, position["tokens"], clock.seconds, reason or "failed")
+    if fault is not None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        # Other ranks wait in the step that this one has left; they cannot save with it.
+        if distiller.is_intact and distiller.world_size == 1 and position["step"] > saved_step:
+            save()
+        if distiller.is_first:
+            ledger.end(saved_step, position["tokens"], clock.seconds, "out of memory")
+        raise StepOutOfMemoryError(fault)
     assert reason is not None
     return reason
 
 
 def _step(
-    recipe: Recipe, plan: dict[str, Any], feed: Feed, distiller: Distiller, position: dict[str, Any], clock: Clock
-) -> dict[str, Any] | None:
-    """One optimizer step; advances `position` and gives the line for metrics, or None where fp16 overflowed."""
-    step, start = position["step"], time.monotonic()
+    recipe: Recipe,
+    plan: dict[str, Any],
+    feed: Feed,
+    rows: Prefetch,
+    distiller: Distiller,
+    position: dict[str, Any],
+    clock: Clock,
+    ends_and_saves: Callable[[], tuple[bool, bool]],
+) -> tuple[dict[str, Any] | None, bool, bool]:
+    """One optimizer step; advances `position`.
+
+    Returns:
+        The line for metrics, None where fp16 overflowed; and what `ends_and_saves` says, over all ranks.
+    """
+    step, start = position["step"], clock.step_starts()
     schedule = Schedule.model_validate(plan["schedule"])
     rate = learning_rate(plan["learning_rate"], schedule, step, plan["num_steps"])
     num_targets = feed.num_targets(step)
-    batches = (feed.batch(step, micro) for micro in range(feed.micro_batches))
-    result = distiller.step(batches, num_targets, rate)
+    result = distiller.step(rows.batches(step), num_targets, rate, ends_and_saves)
+    is_end, is_due = result.flags
     if not result.applied:
         # An overflow is how the loss scale finds its value: the same rows are fed again.
         position["skipped_steps"] += 1
-        return None
+        return None, is_end, is_due
     loss = recipe.loss.kd_weight * result.kd + recipe.loss.ce_weight * result.ce
     if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
         raise UserError(
@@ -314,7 +270,7 @@ def _step(
     clock.stepped(time.monotonic() - start, num_targets)
     step_tokens = plan["batch_rows"] * plan["context_tokens"]
     left = plan["num_steps"] - position["step"]
-    return {
+    entry = {
         "step": position["step"],
         "tokens": position["tokens"],
         "stage": feed.stage(step),
@@ -330,6 +286,7 @@ def _step(
         "hours_used": (clock.used_before + clock.seconds) / 3600,
         "hours_left": clock.token_seconds * step_tokens * left / 3600,
     }
+    return entry, is_end, is_due
 
 
 def peak_memory_bytes() -> int:

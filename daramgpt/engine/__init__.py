@@ -1,0 +1,241 @@
+"""The student under DeepSpeed: module, optimizer, resolved config, steps, and its state as plain tensors.
+
+The teacher stays outside: the engine casts, moves and shards whatever it wraps. Only this package imports deepspeed.
+
+A step leaves the device to itself: kernels are queued without waiting, and the host reads one small tensor at the end,
+with the losses, the gradient norm and what the ranks have to agree on. DeepSpeed's own waits are what its configuration
+asks for: in fp16 and fp32 it looks for overflow once a step, with an offloaded optimizer it fetches the gradients and
+their norms, and with overlap_comm it waits for the GPU before every reduction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+
+from daramgpt.attention import Documents
+from daramgpt.ds_config import offloads
+from daramgpt.engine.module import DistillationModel
+from daramgpt.engine.optimizer import client_optimizer
+from daramgpt.engine.ranks import import_deepspeed, join_ranks
+from daramgpt.engine.state import EngineState
+from daramgpt.errors import UserError
+from daramgpt.recipe import Loss, Optimizer
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+    from daramgpt.teacher import Teacher
+
+__all__ = ["DistillationModel", "Distiller", "StepResult", "import_deepspeed", "join_ranks"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks.
+
+    Attributes:
+        kd, ce: nats a target token; kd includes T².
+        grad_norm: before clipping; infinite where fp16 overflowed.
+        applied: False where fp16 overflowed and the optimizer did not move.
+        flags: those that were asked for, set where any rank set them.
+    """
+
+    kd: float
+    ce: float
+    grad_norm: float
+    applied: bool
+    flags: tuple[bool, ...] = ()
+
+
+class Distiller:
+    """A student and its optimizer inside a DeepSpeed engine.
+
+    Args:
+        student: fp32 on the CPU; holds the checkpoint's weights when a run goes on.
+        loss, optimizer: of the recipe.
+        ds_config: DeepSpeed's own part of the configuration (`daramgpt.ds_config.load`).
+        micro_batch_rows: rows a forward pass on this rank.
+        micro_batches: forward passes a step on this rank.
+        chunk_tokens: tokens the loss takes at a time.
+        teacher: None trains by plain cross-entropy.
+        log: file that takes what DeepSpeed prints.
+        document_start_id: token that begins a document, where no model is to look across documents; None lets them.
+
+    Attributes:
+        is_intact: False from the moment the optimizer begins to move until the step's result is there: what a fault
+            leaves in between is no state to go on from, or one of a step that nobody has counted.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+
+    def __init__(
+        self,
+        student: GPT2LMHeadModel,
+        loss: Loss,
+        optimizer: Optimizer,
+        ds_config: dict[str, Any],
+        micro_batch_rows: int,
+        micro_batches: int,
+        chunk_tokens: int,
+        teacher: Teacher | None,
+        log: Path,
+        document_start_id: int | None = None,
+    ) -> None:
+        deepspeed = join_ranks(log)
+        self.teacher, self.document_start_id = teacher, document_start_id
+        self.module = DistillationModel(student, loss, chunk_tokens)
+        self.is_intact = True
+        self._micro_batches = micro_batches
+        config = {
+            # DeepSpeed's timer waits for the GPU before and after every forward pass.
+            "timers": {"throughput": {"enabled": False}},
+            **ds_config,
+            "train_micro_batch_size_per_gpu": micro_batch_rows,
+            "gradient_accumulation_steps": micro_batches,
+            # DeepSpeed's default is 1.0, so 0 (off) is written too.
+            "gradient_clipping": optimizer.clip_norm,
+            "steps_per_print": 2**31,
+        }
+        if optimizer.kind == "adamw-8bit":
+            # DeepSpeed lets only the optimizers of its own list under ZeRO, unless told to.
+            config["zero_allow_untested_optimizer"] = True
+        self.half = config.get("fp16", {}).get("enabled") is True
+        client = client_optimizer(self.module, optimizer, offloads(ds_config, "optimizer"))
+        try:
+            self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=client, config=config)
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise UserError(f"engine.ds_config: DeepSpeed refuses it: {reason}", "correct it or use another") from error
+        self._state = EngineState(self.engine, optimizer.kind)
+        self.device, self.dtype = self.engine.device, next(self.module.parameters()).dtype
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.is_first = self.rank == 0
+
+    def step(
+        self,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        num_targets: int,
+        learning_rate: float,
+        flags: Callable[[], Sequence[bool]] = tuple,
+    ) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batches: this rank's micro-batches: [b, T] ids and labels; on any device, moved to the engine's.
+            num_targets: labels that are not ignored, of the whole step over all ranks.
+            learning_rate: of this step.
+            flags: called when all of the step is queued; its answers are put together over the ranks. As many on
+                every rank.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = torch.zeros(2, device=self.device)
+        norm: Any = None
+        for micro, (input_ids, labels) in enumerate(batches, 1):
+            input_ids, labels = input_ids.to(self.device), labels.to(self.device)
+            sums += self._backward(input_ids, labels, num_targets)
+            if micro == self._micro_batches:
+                norm = self._own_grad_norm()
+                self.is_intact = False
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        result = self._result(sums, norm, num_targets, flags())
+        self.is_intact = True
+        return result
+
+    def _backward(self, input_ids: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:
+        """Gradients of one micro-batch; [2] sums of kd and ce over its targets."""
+        teacher, documents, model_inputs = self.teacher, None, {}
+        if self.document_start_id is not None:
+            documents = Documents(input_ids, self.document_start_id)
+            model_inputs = documents.model_inputs(self.dtype)
+        loss_sum, kd_sum, ce_sum = self.engine(
+            input_ids,
+            labels,
+            teacher.hidden_states(input_ids, documents) if teacher else None,
+            teacher.head_weight if teacher else None,
+            teacher.head_bias if teacher else None,
+            **model_inputs,
+        )
+        # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
+        self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)
+        return torch.stack([kd_sum.detach(), ce_sum.detach()]).float()
+
+    def _own_grad_norm(self) -> torch.Tensor | None:
+        """Norm of the gradients before the step, where no ZeRO stage computes it: then clipping changes them first."""
+        if hasattr(self.engine.optimizer, "_global_grad_norm"):
+            return None
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _result(self, sums: torch.Tensor, norm: Any, num_targets: int, flags: Sequence[bool]) -> StepResult:
+        values = torch.zeros(3 + len(flags), device=self.device)
+        values[:2] = sums
+        for place, flag in enumerate(flags, 3):
+            # A number is an argument of a kernel; a tensor made from it would be a transfer that waits.
+            values[place] = float(flag)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        values[2] = norm
+        kd_sum, ce_sum, grad_norm, *flagged = values.tolist()
+        return StepResult(
+            kd_sum / num_targets,
+            ce_sum / num_targets,
+            grad_norm,
+            bool(self.engine.was_step_applied()),
+            tuple(number > 0 for number in flagged),
+        )
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank calls it, outside of steps."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        torch.distributed.all_reduce(value)
+        return bool(value.item())
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """State of the dynamic loss scale; empty where there is none."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if not self.half or scaler is None:
+            return {}
+        return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float, bool))}
+
+    def loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.half else 1.0
+
+    def gather(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Master weights, both moments and the random state as CPU tensors; every rank calls it.
+
+        Returns:
+            ``weights``, ``exp_avg``, ``exp_avg_sq``: fp32 by parameter name; ``rng``: bytes.
+        """
+        return self._state.gather()
+
+    def restore(self, tensors: dict[str, dict[str, torch.Tensor]], steps: int, loss_scaler: dict[str, Any]) -> None:
+        """Put back what `gather` and `loss_scaler` gave; the student was built with the saved weights.
+
+        Args:
+            tensors: as from `gather`.
+            steps: optimizer steps taken, for Adam's bias correction.
+            loss_scaler: as from `loss_scaler`.
+        """
+        self._state.restore(tensors, steps)
+        if self.half:
+            vars(self.engine.optimizer.loss_scaler).update(loss_scaler)
+
+    def close(self) -> None:
+        """Free the engine, so that another can follow in this process."""
+        self.engine.destroy()
+        del self.engine, self._state

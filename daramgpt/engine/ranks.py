@@ -1,0 +1,75 @@
+"""DeepSpeed imported, kept quiet and kept from compiling, and the ranks of a training connected."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from daramgpt.errors import UserError
+
+
+def import_deepspeed(log: Path) -> Any:
+    """deepspeed, what it logs sent to `log`, and kept from compiling anything."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stream = _LogStream(log)
+    with contextlib.redirect_stdout(stream):
+        import deepspeed
+        from deepspeed.utils import logger
+    # Where it was imported before, its logger still writes to the console, or to the log of another run.
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(stream)
+    # DeepSpeed finds out what it could compile by running the compiler, and compiles its shared-memory communication
+    # on a CPU (90 s). None of its extensions is used here, so none is offered.
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    return deepspeed
+
+
+def join_ranks(log: Path) -> Any:
+    """deepspeed as from `import_deepspeed`, with the ranks of this training connected; alone without a launcher.
+
+    Raises:
+        UserError: the other ranks were not reached in time.
+    """
+    deepspeed = import_deepspeed(log)
+    _single_process_environment()
+    try:
+        deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
+    except torch.distributed.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks of all nodes did not meet at {address}: {str(error).strip().splitlines()[0]}",
+            "start every node's command within half an hour, with a --master-addr and --master-port that all reach",
+        ) from error
+    return deepspeed
+
+
+class _LogStream(io.TextIOBase):
+    """A text stream that appends to a file by its path, so that it stays usable for as long as a logger keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, text: str) -> int:
+        with self.path.open("a", encoding="utf-8") as file:
+            return file.write(text)
+
+
+def _single_process_environment() -> None:
+    """What a launcher would set; without it DeepSpeed asks for mpi4py."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.setdefault("MASTER_PORT", str(port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

@@ -1,0 +1,18 @@
+"""Distillation losses: a fused, chunked language-model head beside its plain reference.
+
+`objective` says what is minimised, `reference` computes it in its plain form, `fused` without whole logits.
+"""
+
+from daramgpt.losses.fused import DistillationHead, Workspace, distillation_loss
+from daramgpt.losses.objective import DIVERGENCES, IGNORED_LABEL, Objective
+from daramgpt.losses.reference import distillation_loss_reference
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORED_LABEL",
+    "DistillationHead",
+    "Objective",
+    "Workspace",
+    "distillation_loss",
+    "distillation_loss_reference",
+]

@@ -1,0 +1,274 @@
+"""What ``plan`` does with a run: choose for each of its trainings, predict, probe where that pays, freeze.
+
+The parent only measures the machine and does arithmetic; whatever trains, trains in a process of its own
+(`try_candidate`), because a candidate may die of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daramgpt import ds_config, hardware, planner
+from daramgpt import recipe as recipes
+from daramgpt.errors import UserError
+from daramgpt.planner import probe
+from daramgpt.recipe import Recipe
+from daramgpt.run_directory import RunDirectory, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from daramgpt.shards import Shards
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training of a run.
+
+    Attributes:
+        label: for people.
+        recipe, run: of this training.
+        teacher_dir: of its teacher; None where it has none. The directory may not be there yet.
+    """
+
+    label: str
+    recipe: Recipe
+    run: RunDirectory
+    teacher_dir: Path | None
+
+
+def make_plans(
+    parts: list[Part],
+    whole: Recipe,
+    run: RunDirectory,
+    shards: Shards,
+    vocab_size: int,
+    world_size: int,
+    ranks_here: int,
+    say: Callable[[str], None],
+) -> None:
+    """Freeze the plan of each part.
+
+    Args:
+        parts: that have none yet.
+        whole, run: of which they are parts.
+        shards: of the run.
+        vocab_size: of all models.
+        world_size, ranks_here: of all machines, and of this one.
+        say: takes lines for people.
+
+    Raises:
+        UserError: this machine cannot do what the recipe says, or has not the memory.
+    """
+    import torch
+
+    machine = hardware.detect()
+    chosen = hardware.choose(machine)
+    reasons = dict(chosen.reasons)
+    config_name = chosen.ds_config
+    if whole.engine.ds_config != "auto":
+        config_name, reasons["ds_config"] = whole.engine.ds_config, "the recipe or the command line says so"
+    dtype = ds_config.dtype(ds_config.load(config_name))
+    if dtype != chosen.dtype:
+        reasons["dtype"] = "the ds_config says so"
+        if fault := hardware.dtype_fault(machine, dtype):
+            reason = chosen.reasons["ds_config"]
+            raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config} ({reason})")
+    device = torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
+    num_threads = max(1, machine.num_cores // ranks_here)
+    torch.set_num_threads(num_threads)
+    rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
+    rates = planner.measure(dtype, device)
+    for part in parts:
+        shape, precision = None, chosen.teacher_precision
+        if part.recipe.teacher is not None:
+            train = part.recipe.teacher.train
+            assert part.teacher_dir is not None
+            shape = (
+                planner.ModelShape(train.n_embd, train.n_layer, vocab_size, shards.context_tokens)
+                if train is not None
+                else planner.teacher_shape(part.teacher_dir)
+            )
+            if part.recipe.teacher.precision != "auto":
+                precision = part.recipe.teacher.precision
+                reasons["teacher_precision"] = "the recipe or the command line says so"
+            else:
+                precision, reasons["teacher_precision"] = planner.choose_teacher_precision(
+                    part.recipe,
+                    machine,
+                    dtype=dtype,
+                    ds_config=config_name,
+                    teacher=shape,
+                    context_tokens=shards.context_tokens,
+                    vocab_size=vocab_size,
+                    world_size=world_size,
+                )
+        with tempfile.TemporaryDirectory(prefix="daramgpt-plan-") as scratch:
+            # The run has no plan before it is final.
+            plan = planner.make_plan(
+                part.recipe,
+                RunDirectory(Path(scratch)),
+                context_tokens=shards.context_tokens,
+                vocab_size=vocab_size,
+                num_rows=shards.num_rows,
+                teacher=shape,
+                memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes // ranks_here,
+                flops_per_second=rate,
+                rates=rates,
+                num_threads=num_threads,
+                world_size=world_size,
+                dtype=dtype,
+                teacher_precision=precision,
+                ds_config=config_name,
+                device=machine.device,
+                reasons=reasons,
+            )
+        write_json(part.run.plan, _probed(plan, part, whole, run, machine.device, say))
+
+
+def vocab_size(teacher_dir: Path | None, shards: Shards) -> int:
+    """Of all models: an embedding may have more rows than the tokenizer has tokens, and the student learns its logits.
+
+    Args:
+        teacher_dir: of a teacher that is loaded; None where the run trains it.
+        shards: of the run.
+
+    Raises:
+        UserError: the tokenizer is not the teacher's.
+    """
+    if teacher_dir is None:
+        return shards.vocab_size
+    rows = planner.teacher_shape(teacher_dir).vocab_size
+    if rows < shards.vocab_size:
+        raise UserError(
+            f"teacher.model: its tokenizer has {shards.vocab_size} tokens, its embedding {rows} rows",
+            "give a model with the tokenizer it was trained with",
+        )
+    return rows
+
+
+def _probed(
+    plan: dict[str, Any], part: Part, whole: Recipe, run: RunDirectory, device: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The plan with the fastest micro-batch that fits, or with the reason why none was tried."""
+    reason = probe.reason_not_to(
+        part.recipe.engine.probe,
+        plan["predicted"]["hours"],
+        part.recipe.engine.micro_batch_rows is not None,
+        part.recipe.teacher is not None and part.recipe.teacher.train is not None,
+    )
+    if reason is not None:
+        return {**plan, "probe": {"reason": reason}}
+    rows_a_rank = plan["batch_rows"] // plan["world_size"]
+    fitting = [rows for rows in range(1, plan["predicted"]["largest_micro_batch_rows"] + 1) if rows_a_rank % rows == 0]
+    rows = probe.candidates(fitting, plan["context_tokens"], device)
+    say(f"{part.label}: trying {', '.join(map(str, rows))} rows a forward pass, each in a process of its own")
+    with tempfile.TemporaryDirectory(prefix="daramgpt-probe-") as scratch:
+        folder = Path(scratch)
+        (folder / "recipe.toml").write_text(recipes.dump(whole), encoding="utf-8")
+
+        def try_rows(candidate: int) -> probe.Trial:
+            # One rank, and of each candidate the tokens a step that the largest has in two passes.
+            passes = max(1, 2 * rows[0] // candidate)
+            alone = {**plan, "world_size": 1, "batch_rows": candidate * passes}
+            alone = planner.with_micro_batch(alone, candidate)
+            job = {"run": str(run.path), "label": part.label, "plan": alone}
+            write_json(folder / "job.json", job)
+            return probe.try_in_subprocess(["probe-candidate", str(folder)], alone, _alone(), run.log)
+
+        found = probe.probe(rows, try_rows, say)
+    total_tokens = plan["predicted"]["hours"] * plan["predicted"]["tokens_per_second"]
+    for trial in found["trials"]:
+        # Of all ranks together, as if they never waited for each other.
+        speed = trial["tokens_per_second"]
+        trial["hours"] = total_tokens / (speed * plan["world_size"]) if speed else None
+    if found["fastest_rows"] is None:
+        found["reason"] = "no candidate got through; the micro-batch is that of the arithmetic"
+        return {**plan, "probe": found}
+    return {**planner.with_micro_batch(plan, found["fastest_rows"]), "probe": found}
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a process that is the only rank, on the first GPU."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ranks}
+
+
+def try_candidate(
+    recipe: Recipe, scratch: RunDirectory, shards: Shards, plan: dict[str, Any], teacher: Any
+) -> dict[str, Any]:
+    """Train a few steps and measure; what a candidate's process answers.
+
+    Args:
+        recipe: of the training.
+        scratch: takes logs; nothing of the run is written.
+        shards: of the run.
+        plan: with the candidate's micro-batch, for one rank.
+        teacher: as from `teacher.load`, or None.
+
+    Returns:
+        ``tokens_per_second`` and ``peak_memory_bytes``, or ``fault``.
+    """
+    import contextlib
+
+    import torch
+
+    from daramgpt.shards import Feed
+    from daramgpt.train import build_distiller, peak_memory_bytes
+    from daramgpt.train.out_of_memory import is_out_of_memory
+
+    torch.set_num_threads(plan["num_threads"])
+    feed = Feed(
+        shards,
+        plan["batch_rows"],
+        plan["micro_batch_rows"],
+        0,
+        1,
+        recipe.curriculum.passes,
+        recipe.seed,
+        recipe.curriculum.order,
+    )
+    tokens = plan["batch_rows"] * plan["context_tokens"]
+    best, begin = float("inf"), 0.0
+    try:
+        with contextlib.closing(build_distiller(recipe, scratch, shards, plan, teacher, None)) as distiller:
+            for step in range(probe.MOST_STEPS + 1):
+                start = time.perf_counter()
+                batches = (feed.batch(step % feed.num_steps, micro) for micro in range(feed.micro_batches))
+                # Waits for the device: it gives numbers.
+                distiller.step(batches, feed.num_targets(step % feed.num_steps), 0.0)
+                if step:
+                    best = min(best, time.perf_counter() - start)
+                    if time.perf_counter() - begin > probe.STEP_SECONDS:
+                        break
+                else:
+                    # The first warms up.
+                    begin = time.perf_counter()
+            return {"tokens_per_second": tokens / best, "peak_memory_bytes": peak_memory_bytes()}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"fault": probe.OUT_OF_MEMORY}
+
+
+def forecast(recipe: Recipe, names: list[str], teacher_dir: Path, shards: Shards | None) -> list[str]:
+    """Lines on GPUs that are not at hand: a table of several, all the arithmetic of a single one.
+
+    Args:
+        recipe: of the run.
+        names: such as ``"T4 x 2"``; none = the whole table.
+        teacher_dir: whose config gives the teacher's shape.
+        shards: give the number of tokens; without them it follows from the sizes of the stages.
+    """
+    shape = planner.teacher_shape(teacher_dir)
+    context_tokens = min(recipe.curriculum.context_tokens, shape.num_positions)
+    total_tokens = planner.curriculum_tokens(recipe)
+    if shards is not None:
+        total_tokens = shards.num_rows * shards.context_tokens * recipe.curriculum.passes
+    found = [planner.forecast(recipe, name, shape, context_tokens, total_tokens) for name in names or planner.names()]
+    return planner.one_gpu(found[0], total_tokens) if len(names) == 1 else planner.gpu_table(found)
