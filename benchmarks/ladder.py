@@ -76,6 +76,8 @@ class Settings:
         micro_batch_rows, micro_batches: of a step of ours.
         chunk_tokens: of our loss, at that micro-batch.
         reference_chunk_tokens: of our loss at the micro-batch of the reference loop.
+        predicted_tokens_per_second, predicted_peak_bytes: of `daramgpt` by the plan's arithmetic; the peak without
+            libraries, as it is measured. None where nothing was predicted.
     """
 
     dtype: str
@@ -85,6 +87,8 @@ class Settings:
     micro_batches: int
     chunk_tokens: int
     reference_chunk_tokens: int
+    predicted_tokens_per_second: float | None = None
+    predicted_peak_bytes: int | None = None
 
 
 class Row(Protocol):
@@ -187,7 +191,9 @@ def plan(
         ds_config=config_name,
         reasons={**chosen.reasons, "teacher_precision": reason},
         device=machine.device,
+        rates=planner.measure(dtype, torch.device(machine.device)),
     )
+    predicted = frozen["predicted"]
     chunk_tokens, rows = frozen["loss_chunk_tokens"], frozen["micro_batch_rows"]
     return Settings(
         dtype=dtype,
@@ -197,6 +203,8 @@ def plan(
         micro_batches=frozen["batch_rows"] // rows,
         chunk_tokens=chunk_tokens,
         reference_chunk_tokens=min(chunk_tokens, measured.reference_rows * measured.context_tokens),
+        predicted_tokens_per_second=predicted["tokens_per_second"],
+        predicted_peak_bytes=predicted["memory_total_bytes"] - predicted["memory_bytes"].get("libraries", 0),
     )
 
 

@@ -196,5 +196,19 @@ def format_result(result: dict[str, Any]) -> str:
         f"in {result['memory_cap_bytes'] / 1e9:g} GB, {result['largest_micro_batch_method']}",
         f"square products in GFLOP/s: {rates}; independent draws of sentences would pad "
         f"{result['padding_share_of_independent_draws']:.1%}",
+        *_predictions(result),
     ]
     return "\n".join([*lines, *(f"left out: {name}: {reason}" for name, reason in result["left_out"].items())])
+
+
+def _predictions(result: dict[str, Any]) -> list[str]:
+    """What the plan's arithmetic said of ours, beside what was measured."""
+    ours = next((entry for entry in result["rows"] if entry["name"] == OURS), None)
+    plan = result["plan"]
+    if ours is None or plan["predicted_tokens_per_second"] is None:
+        return []
+    rate, peak = plan["predicted_tokens_per_second"], plan["predicted_peak_bytes"]
+    return [
+        f"plan's arithmetic for {OURS}: {rate:,.1f} tokens/s ({rate / ours['useful_tokens_per_second'] - 1:+.1%} of "
+        f"measured), peak {peak / 1e6:,.0f} MB ({peak / ours['peak_memory_bytes'] - 1:+.1%})"
+    ]

@@ -106,7 +106,7 @@ def test_full_shape_is_the_reference_run() -> None:
     assert SHAPES["full"].flops_per_token(1024) == pytest.approx(2.8e9, rel=0.03)
 
 
-SETTINGS = Settings("bf16", "int8", "cpu-bf16", 4, 1, 655, 655)
+SETTINGS = Settings("bf16", "int8", "cpu-bf16", 4, 1, 655, 655, 110.0, 2_700_000)
 
 
 def _measurement(name: str, dtype: str, useful: int, seconds: list[float], largest: int | None) -> Measurement:
@@ -182,6 +182,16 @@ def test_table_names_the_sides_and_what_was_left_out() -> None:
     assert "12.50" in lines[2] and "12.50" in lines[3] and "10.0" in lines[3]
     assert lines[-1] == "left out: trl-gkd: trl is not installed"
     assert throughput_result.format_result(_result("daramgpt"))
+
+
+def test_the_plans_prediction_stands_beside_what_was_measured() -> None:
+    result = _result()
+    result["plan"]["predicted_tokens_per_second"] = 1.1 * result["rows"][1]["useful_tokens_per_second"]
+    result["plan"]["predicted_peak_bytes"] = round(0.95 * result["rows"][1]["peak_memory_bytes"])
+    line = throughput_result.format_result(result).splitlines()[-2]
+    assert "plan's arithmetic for daramgpt" in line and "(+10.0% of measured)" in line and line.endswith("(-5.0%)")
+    result["plan"]["predicted_tokens_per_second"] = None
+    assert "arithmetic" not in throughput_result.format_result(result)
 
 
 def test_gemm_rate_is_a_rate() -> None:
