@@ -74,13 +74,13 @@ def refit(model: PreTrainedModel, precision: str, compute_dtype: torch.dtype, ha
                 _leave_unpacked(module)
     else:
         _hush_casts()
-    for module in model.modules():
-        dtype = torch.float32 if is_norm(module) else compute_dtype
-        for parameter in module.parameters(recurse=False):
-            if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
-                # A copy, for a view of the mapped file would keep all of it in the process's resident memory. The same
-                # parameter, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
-                parameter.data = parameter.data.to(dtype, copy=True)
+    norms = {id(parameter) for module in model.modules() if is_norm(module) for parameter in module.parameters()}
+    # Each parameter once, so that tied ones stay tied; buffers keep their dtype, as rotary frequencies must.
+    for parameter in model.parameters():
+        if not isinstance(parameter, (bnb.nn.Int8Params, bnb.nn.Params4bit)):
+            dtype = torch.float32 if id(parameter) in norms else compute_dtype
+            # A copy, for a view of the mapped file would keep all of it in the process's resident memory.
+            parameter.data = parameter.data.to(dtype, copy=True)
     model.config.dtype = compute_dtype
     widen_residual_stream(model, model.get_input_embeddings(), compute_dtype)
 
