@@ -145,7 +145,7 @@ def _recipe_table(recipe: Recipe, run: RunDirectory, record: dict[str, Any], num
         ("teacher", f"{_teacher_name(recipe)}, {plan.get('teacher_precision', '')}" if recipe.teacher else ""),
         (
             "loss",
-            f"{loss.kd_weight:g} · T² · KL(teacher ‖ student) at T = {loss.temperature:g}, "
+            f"{loss.kd_weight:g} · T² · {loss.divergence_formula} at T = {loss.temperature:g}, "
             f"+ {loss.ce_weight:g} · cross-entropy"
             if recipe.teacher
             else "cross-entropy",

@@ -192,6 +192,17 @@ class Loss(Section):
     )
     skew_alpha: float = Field(0.1, gt=0, lt=1, description="skew-kl: α of KL(p ‖ αp + (1 − α)q)")
 
+    @property
+    def divergence_formula(self) -> str:
+        """For people, such as ``"KL(teacher ‖ student)"``."""
+        share = self.skew_alpha
+        return {
+            "forward-kl": "KL(teacher ‖ student)",
+            "reverse-kl": "KL(student ‖ teacher)",
+            "jsd": f"JSD(teacher, student; β = {self.jsd_beta:g})",
+            "skew-kl": f"KL(teacher ‖ {share:g} · teacher + {1 - share:g} · student)",
+        }[self.divergence]
+
 
 class Engine(Section):
     """How the arithmetic is run; the plan freezes what is left to it here."""

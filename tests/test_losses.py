@@ -43,6 +43,13 @@ def case() -> dict[str, Tensor]:
     }
 
 
+@pytest.fixture
+def row_kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU too, and in blocks of three rows."""
+    monkeypatch.setattr(softmax, "_has_row_kernels", lambda device: True)
+    monkeypatch.setattr(softmax, "CPU_BLOCK_ELEMENTS", 3 * V)
+
+
 def reference(case: dict[str, Tensor], objective: Objective, with_teacher: bool = True) -> list[Tensor]:
     """loss, kd, ce, gradient of the hidden states, gradient of the weight: plain, fp64."""
     hidden, weight = (case[name].double().clone().requires_grad_() for name in ("student_hidden", "student_weight"))
@@ -99,6 +106,36 @@ def test_value_and_gradient_match_fp64(
     assert_close(
         fused(case, objective, chunk_tokens=chunk_tokens, dtype=torch.float64), reference(case, objective), 1e-12
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.0, 1.0), (1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_row_kernels_match_fp64(
+    case: dict[str, Tensor],
+    temperature: float,
+    weights: tuple[float, float],
+    with_teacher: bool,
+    row_kernels_everywhere: None,
+) -> None:
+    """What a GPU computes, in blocks of a few rows, and a ragged one."""
+    objective = Objective(temperature, *weights)
+    if not with_teacher:
+        objective = Objective(temperature, 0.0, 1.0)
+    expected = reference(case, objective, with_teacher)
+    assert_close(fused(case, objective, with_teacher), expected, 1e-5)
+    assert_close(fused(case, objective, with_teacher, dtype=torch.float64), expected, 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+def test_row_kernels_bear_low_precision_and_underflow(
+    case: dict[str, Tensor], temperature: float, row_kernels_everywhere: None
+) -> None:
+    objective = Objective(temperature)
+    rounded = {n: tensor.bfloat16() if tensor.is_floating_point() else tensor for n, tensor in case.items()}
+    assert_close(fused(case, objective, dtype=torch.bfloat16), reference(rounded, objective), 3e-2)
+    apart = {**case, **{n: (40 * case[n]).float().double() for n in ("student_hidden", "teacher_hidden")}}
+    assert_close(fused(apart, objective), reference(apart, objective), 3e-5)
 
 
 def test_realistic_vocabulary_matches_fp64() -> None:

@@ -250,3 +250,15 @@ def test_the_kinds_of_optimizer() -> None:
         assert recipe.load("quickstart", [f"optimizer.kind={kind}"]).optimizer.kind == kind
     with pytest.raises(UserError, match=r"optimizer\.kind.*adamw-8bit"):
         recipe.load("quickstart", ["optimizer.kind=adam-8bit"])
+
+
+def test_a_divergence_is_named_for_people() -> None:
+    formulas = [
+        recipe.Loss(divergence=kind).divergence_formula for kind in ("forward-kl", "reverse-kl", "jsd", "skew-kl")
+    ]
+    assert formulas == [
+        "KL(teacher ‖ student)",
+        "KL(student ‖ teacher)",
+        "JSD(teacher, student; β = 0.5)",
+        "KL(teacher ‖ 0.1 · teacher + 0.9 · student)",
+    ]

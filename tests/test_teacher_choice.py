@@ -53,14 +53,14 @@ def choose(monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> tuple[str,
     """What is chosen where the clock says so."""
     seconds = {name.replace("_", "-"): value / 1e3 for name, value in milliseconds.items()}
     names: dict[int, str] = {}
-    make = choice.trial_layer
+    make = choice.TrialMlp
 
     def named(precision: str, *arguments: Any) -> torch.nn.Module:
         layer = make(precision, *arguments)
         names[id(layer)] = precision
         return layer
 
-    monkeypatch.setattr(choice, "trial_layer", named)
+    monkeypatch.setattr(choice, "TrialMlp", named)
     monkeypatch.setattr(choice, "_forward_seconds", lambda layer, inputs: seconds[names[id(layer)]])
     monkeypatch.setattr(choice, "MEASURE_SECONDS", 0)
     return choice.choose(
@@ -106,6 +106,17 @@ def test_a_trial_layer_is_what_a_teacher_is_made_of(precision: str) -> None:
     assert num_bytes == pytest.approx(planner.PRECISION_BYTES[precision], rel=0.25)
 
 
+@pytest.mark.parametrize("precision", [*quantised.QUANTISED, *DTYPES])
+def test_a_trial_mlp_is_one(precision: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.3 * torch.randn(128, 64, generator=generator)
+    inputs = torch.randn(5, 64, generator=generator)
+    mlp = choice.TrialMlp(precision, weight, torch.float32, torch.device("cpu"))
+    output = mlp(inputs.to(DTYPES.get(precision, torch.float32))).float()
+    expected = torch.nn.functional.gelu(inputs @ weight.T, approximate="tanh") @ weight
+    assert (output - expected).norm() < (0.2 if precision == "nf4" else 0.03) * expected.norm()
+
+
 def test_a_measurement_is_of_every_candidate_and_leaves_the_random_state_alone() -> None:
     state = torch.random.get_rng_state()
     found, failures = choice.measure(
@@ -138,10 +149,10 @@ def test_what_does_not_fit_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(choice, "choose", record)
     assert chosen_by_the_planner(Machine((), 2, 32 * GIB)) == ("int8", "measured")
     assert asked["candidates"] == ["int8", "fp32"]
-    assert (asked["width"], asked["num_tokens"], asked["compute_dtype"]) == (1920, 2048, torch.float32)
+    assert (asked["width"], asked["num_tokens"], asked["compute_dtype"]) == (1920, 4096, torch.float32)
     chosen_by_the_planner(Machine((), 2, 7 * GIB))
     assert asked["candidates"] == ["int8"]
-    assert "does not fit with 2,048 tokens" in str(asked["left_out"])
+    assert "does not fit with 4,096 tokens" in str(asked["left_out"])
     precision, reason = chosen_by_the_planner(Machine((), 2, 3 * GIB))
     assert precision == "nf4" and "with int8 one row needs" in reason
 

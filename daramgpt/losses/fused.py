@@ -21,6 +21,7 @@ Shapes: N tokens, V vocabulary, D width of the student, Dt width of the teacher,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -257,10 +258,12 @@ def _scaled_logits(out_CV: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor 
         start, beta = (out_CV, 0.0) if bias is None else (bias, 1 / temperature)
         torch.addmm(start, hidden, weight.T, beta=beta, alpha=1 / temperature, out=out_CV)
         return
-    torch.mm(hidden, weight.T, out_dtype=out_CV.dtype, out=out_CV)
+    # A power of two rounds nothing: the hidden states are divided, which are few.
+    is_exact = math.frexp(temperature)[0] == 0.5
+    torch.mm(hidden / temperature if is_exact else hidden, weight.T, out_dtype=out_CV.dtype, out=out_CV)
     if bias is not None:
-        out_CV.add_(bias)
-    if temperature != 1:
+        out_CV.add_(bias / temperature if is_exact else bias)
+    if not is_exact:
         out_CV.mul_(1 / temperature)
 
 

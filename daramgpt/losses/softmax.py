@@ -4,9 +4,10 @@ It walks over a chunk in blocks of rows: on a CPU so few that a block's operands
 a pass is several times faster than through memory; on a GPU so many that a kernel fills it. Low-precision logits are
 widened, and their gradient narrowed, a block at a time, so that only narrow numbers travel.
 
-The forward KL, the default, is written for few passes. With s, t the scaled logits less their row maximum,
-q = eˢ/Σeˢ, p = eᵗ/Σeᵗ: KL = Σp(t − s) − ln Σeᵗ + ln Σeˢ, and T² · KL has the gradient T · (q − p) by the student's
-logits z = T·s. The cross-entropy needs e^z = (eˢ)ᵀ, for T = 1 and 2 no further exponential of V terms.
+The forward KL, the default, is written for few passes; on a GPU, where each pass goes through memory, in `row_kernels`.
+With s, t the scaled logits less their row maximum, q = eˢ/Σeˢ, p = eᵗ/Σeᵗ: KL = Σp(t − s) − ln Σeᵗ + ln Σeˢ, and
+T² · KL has the gradient T · (q − p) by the student's logits z = T·s. The cross-entropy needs e^z = (eˢ)ᵀ, for T = 1 and
+2 no further exponential of V terms.
 
 The other divergences are written for clarity. With g the derivative by q, the gradient by s is q · (g − Σqg). Mixtures
 are taken relative to one of both distributions, by the logarithm of their ratio, so that nothing underflows.
@@ -14,13 +15,12 @@ are taken relative to one of both distributions, by the logarithm of their ratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor
 
+from daramgpt.losses import row_kernels
 from daramgpt.losses.objective import IGNORED_LABEL, Objective, softmax_dtype
+from daramgpt.losses.rows import Rows
 from daramgpt.losses.workspace import Workspace
 
 # Elements of a block [rows, V] for each core: three operands of 4 bytes fit 2 MiB, a usual second-level cache. Half as
@@ -62,18 +62,23 @@ def softmax_arithmetic(
     targets = labels_C != IGNORED_LABEL
     index_C1 = labels_C.clamp(min=0).unsqueeze(1)
     label_logit = student_CV.gather(1, index_C1).to(wide)
-    rows = _Rows.empty(targets.to(wide), objective)
+    rows = Rows.empty(targets.to(wide), objective)
     students = student_CV.split(block_rows)
     teachers = [None] * len(students) if teacher_CV is None else teacher_CV.split(block_rows)
     gradients = [None] * len(students) if gradient_CV is None else gradient_CV.split(block_rows)
+    is_plain = teacher_CV is None or objective.divergence == "forward-kl"
+    compute = row_kernels.block if is_plain and _has_row_kernels(student_CV.device) else _block
     parts = [
-        _block(student, teacher, block, objective, gradient, workspace)
+        compute(student, teacher, block, objective, gradient, workspace)
         for student, teacher, block, gradient in zip(students, teachers, rows.split(block_rows), gradients, strict=True)
     ]
     if gradient_CV is not None:
-        gradient_CV.scatter_add_(1, index_C1, rows.hard_factor.neg().to(gradient_CV.dtype))
+        # By index, not by scatter: that takes as long as all passes together on a CPU, in bf16.
+        entries = (torch.arange(len(labels_C), device=labels_C.device), index_C1.squeeze(1))
+        label_gradient = gradient_CV[entries] - rows.hard_factor.squeeze(1)
+        gradient_CV.index_put_(entries, label_gradient.to(gradient_CV.dtype))
     temperature = objective.temperature
-    ce = rows.hard_sum.log_() - temperature * (label_logit - rows.student_max)
+    ce = rows.hard_sum.log_() - temperature * (label_logit - rows.student_shift)
     # Not a product: what a row that is left out holds need not be finite.
     by_row = torch.cat([rows.divergence, ce], dim=1).masked_fill_(~targets.unsqueeze(1), 0.0)
     kd, ce = by_row.sum(dim=0, dtype=torch.float64).unbind()
@@ -82,55 +87,22 @@ def softmax_arithmetic(
     return torch.stack([temperature**2 * kd, ce])
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Columns [C, 1]: of each row what goes in, and places for what comes out.
-
-    What leaves a token out is a factor per row, which costs no pass over V.
-
-    Attributes:
-        target: 1, or 0 for a row that is left out.
-        soft_factor: kd_weight · T, or 0.
-        hard_factor: ce_weight, or 0.
-        student_max: of the scaled logits.
-        hard_sum: Σ(eˢ)ᵀ.
-        divergence: but for what a whole block returns.
-    """
-
-    target: Tensor
-    soft_factor: Tensor
-    hard_factor: Tensor
-    student_max: Tensor
-    hard_sum: Tensor
-    divergence: Tensor
-
-    @classmethod
-    def empty(cls, target_C: Tensor, objective: Objective) -> _Rows:
-        """Of a chunk whose targets are 1."""
-        target, out = (
-            target_C.unsqueeze(1),
-            torch.zeros(3, len(target_C), 1, dtype=target_C.dtype, device=target_C.device),
-        )
-        soft_factor = objective.kd_weight * objective.temperature * target
-        return cls(target, soft_factor, objective.ce_weight * target, *out.unbind())
-
-    def split(self, num_rows: int) -> Iterator[_Rows]:
-        """Views of so many rows each."""
-        columns = [getattr(self, field.name).split(num_rows) for field in fields(self)]
-        return (_Rows(*block) for block in zip(*columns, strict=True))
+def _has_row_kernels(device: torch.device) -> bool:
+    """Whether a softmax in one kernel is faster than passes over a block: it is not where blocks stay in a cache."""
+    return device.type != "cpu"
 
 
 def _block(
     student_BV: Tensor,
     teacher_BV: Tensor | None,
-    rows: _Rows,
+    rows: Rows,
     objective: Objective,
     gradient_BV: Tensor | None,
     workspace: Workspace,
 ) -> Tensor | None:
     """As `softmax_arithmetic`, for a block of rows; a part of the divergence summed over all of them, if any."""
     student, student_max = _shifted(student_BV, "student block", workspace)
-    rows.student_max.copy_(student_max)
+    rows.student_shift.copy_(student_max)
     exponential = workspace.take("exponential", len(student), student.shape[1], student.dtype, student.device)
     part, soft, linear = None, None, None
     if teacher_BV is None:
@@ -156,7 +128,7 @@ def _shifted(logits_BV: Tensor, name: str, workspace: Workspace) -> tuple[Tensor
 
 
 def _forward_kl(
-    student: Tensor, teacher: Tensor, spare: Tensor, rows: _Rows, objective: Objective
+    student: Tensor, teacher: Tensor, spare: Tensor, rows: Rows, objective: Objective
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Σp(t − s) over all targets; −a·p and a/Σeˢ with a = kd_weight · T: that and eˢ · the last are the gradient.
 
@@ -177,7 +149,7 @@ def _forward_kl(
 
 
 def _other_divergence(
-    student: Tensor, teacher: Tensor, exponential: Tensor, rows: _Rows, objective: Objective
+    student: Tensor, teacher: Tensor, exponential: Tensor, rows: Rows, objective: Objective
 ) -> Tensor:
     """Gradient of kd_weight · T² · divergence by the logits z; eˢ goes into `exponential`."""
     student_sum = torch.exp(student, out=exponential).sum(dim=1, keepdim=True)
@@ -230,7 +202,7 @@ def _finish(
     exponential: Tensor,
     soft: Tensor | None,
     linear: Tensor | None,
-    rows: _Rows,
+    rows: Rows,
     temperature: float,
     gradient_BV: Tensor | None,
 ) -> None:

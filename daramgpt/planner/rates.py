@@ -27,10 +27,9 @@ TOKENS, WIDTH, VOCABULARY, HEAD_WIDTH, CONTEXT = 1024, 640, 16384, 64, 512
 ATTENTION_SHARE = 0.5
 # Backward over forward FLOPs of attention: its kernels compute the scores once more.
 ATTENTION_BACKWARD = 2.5
-# Bytes a logit that the softmax arithmetic moves on a GPU, by its passes over fp32 logits. Of each model: temperature
-# 8, maximum 4, shift 8. Of both: exponentials 16 with their sums 8, division 8, difference 12, its product summed 8;
-# the power's norm 4, the gradient's sums and products 28, narrowed 18. Without a teacher and at T = 1 there is less.
-LOGIT_BYTES, LOGIT_BYTES_ALONE = 142.0, 38.0
+# Bytes a logit that the softmax arithmetic moves on a GPU, as `daramgpt.losses.row_kernels` counts them, with a narrow
+# gradient; without a teacher at T = 1. On a CPU it stays in caches and is measured.
+LOGIT_BYTES, LOGIT_BYTES_ALONE = 90.0, 26.0
 # Launching a kernel from Python, where there is so little to do that it counts.
 DISPATCH_SECONDS = 8e-6
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from daramgpt import results_table, status
 from daramgpt.ledger import entries
+from daramgpt.recipe import Loss
 from daramgpt.report.chart import Point, Series, Span, line_chart
 from daramgpt.report.page import facts, page, section, table, tiles
 from daramgpt.run_directory import RunDirectory, write_atomically
@@ -81,8 +82,8 @@ def _run_facts(recipe: Data, plan: Data, evaluation: Data) -> list[tuple[str, st
         ("student", _shape(student) if student else ""),
         (
             "loss",
-            f"{loss['kd_weight']:g} · T² · KL(teacher ‖ student) at T = {loss['temperature']:g}, "
-            f"+ {loss['ce_weight']:g} · cross-entropy"
+            f"{loss['kd_weight']:g} · T² · {Loss.model_validate(loss).divergence_formula} "
+            f"at T = {loss['temperature']:g}, + {loss['ce_weight']:g} · cross-entropy"
             if loss
             else "",
         ),
@@ -157,7 +158,9 @@ def _curves(run: RunDirectory, index: Data) -> str:
     spans = _spans(metrics)
     distils = any(line["kd"] for line in metrics)
     loss = [
-        Series("distillation (T² · KL)", [(line["tokens"], line["kd"]) for line in metrics] if distils else [], 1),
+        Series(
+            "distillation (T² · divergence)", [(line["tokens"], line["kd"]) for line in metrics] if distils else [], 1
+        ),
         Series("cross-entropy", [(line["tokens"], line["ce"]) for line in metrics], 2),
         Series("cross-entropy without teacher", [(line["tokens"], line["ce"]) for line in baseline], 3),
     ]

@@ -1,9 +1,10 @@
 """Which precision a teacher is held in where the recipe says ``auto``: a rule over a short measurement.
 
 A quantised layer pays for its memory with time: the rows are dequantised before every product, a share of it that
-falls with the tokens of a forward pass and rises with the device's rate. So each candidate's real module is timed on
-one layer of the teacher's own width, at the tokens of a micro-batch, and the smallest that costs hardly any time is
-taken: the memory it frees is the micro-batch's. The plan freezes the answer, so a run measures once.
+falls with the tokens of a forward pass and rises with the device's rate. So each candidate's real modules are timed on
+an MLP of the teacher's own width, with the activation that some of them apply on the way, at the tokens of a
+micro-batch, and the smallest that costs hardly any time is taken: the memory it frees is the micro-batch's. The plan
+freezes the answer, so a run measures once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import nn
 from daramgpt.errors import UserError
 from daramgpt.hardware import TEACHER_RULE, TEACHER_TOLERANCE
 from daramgpt.teacher import DTYPES, QUANTISED, eight_bit_linear
+from daramgpt.teacher.activations import join_products
 from daramgpt.teacher.quantised import four_bit_linear, weight_bytes
 
 # Of a measurement: more would cost seconds, and the shares hardly change.
-MOST_TOKENS = {"cpu": 2048, "cuda": 8192}
+MOST_TOKENS = {"cpu": 4096, "cuda": 8192}
 MEASURE_SECONDS = 2.0
 FEWEST_ROUNDS, MOST_ROUNDS = 2, 20
 # Activations of trained models have a few columns beyond LLM.int8's threshold, which it multiplies in 16 bits;
@@ -32,7 +34,7 @@ OUTLIER_COLUMN_STEP, OUTLIER_FACTOR = 1024, 20.0
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate's layer, measured: seconds of a forward pass at best, and bytes of weights and scales."""
+    """One candidate's MLP, measured: seconds of a forward pass at best, and bytes of weights and scales."""
 
     seconds: float
     weight_bytes: int
@@ -72,7 +74,7 @@ def choose(
     verdicts |= {name: f"fails here ({why})" for name, why in failures.items()} | dict(left_out)
     times = ", ".join(f"{name} {trial.seconds * 1e3:.3g} ms" for name, trial in trials.items())
     rows, columns = layer_shape(width, device)
-    reason = f"measured: {times} for {num_tokens:,} tokens through a {columns} x {rows} layer; {TEACHER_RULE}"
+    reason = f"measured: {times} for {num_tokens:,} tokens through an MLP of {columns} x {rows}; {TEACHER_RULE}"
     return chosen, "; ".join([reason, *(f"{name} {verdict}" for name, verdict in verdicts.items())])
 
 
@@ -103,14 +105,18 @@ def measure(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[dict[str, Trial], dict[str, str]]:
-    """Time a forward pass of one layer [out, in] in every precision, in turns, so that all meet the same noise.
+    """Time a forward pass of an MLP in every precision, in turns, so that all meet the same noise.
+
+    Args:
+        candidates: precisions.
+        shape: [out, in] of its first layer; the second leads back.
+        num_tokens, compute_dtype, device: as of `choose`.
 
     Returns:
         What was measured, in the order of `candidates`, and why the others did not work.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * 0.02
-    bias = torch.zeros(shape[0])
     inputs = torch.randn(num_tokens, shape[1], generator=generator)
     inputs[:, ::OUTLIER_COLUMN_STEP] *= OUTLIER_FACTOR
     inputs = inputs.to(device, compute_dtype)
@@ -118,7 +124,7 @@ def measure(
     failures: dict[str, str] = {}
     for name in candidates:
         try:
-            layers[name] = trial_layer(name, weight, bias, compute_dtype, device)
+            layers[name] = TrialMlp(name, weight, compute_dtype, device)
             # The first pass makes buffers and finds kernels; it does not count.
             _forward_seconds(layers[name], inputs.to(DTYPES.get(name, compute_dtype)))
         except Exception as error:  # a broken native library raises whatever it likes
@@ -134,12 +140,36 @@ def measure(
 
 
 def layer_shape(width: int, device: torch.device) -> tuple[int, int]:
-    """[out, in] of the layer that is timed.
+    """[out, in] of the first layer that is timed.
 
-    On a GPU the MLP's first, where most of the time goes. On a CPU the attention's last, a quarter of it: products and
-    dequantised rows are to each other as in the others.
+    On a GPU it widens four times, as in the teacher. On a CPU it does not, a quarter of the time: products, activations
+    and dequantised rows are to each other as in the whole.
     """
     return (width if device.type == "cpu" else 4 * width, width)
+
+
+class TrialMlp(nn.Module):
+    """Two frozen layers and a GELU, as a teacher of `precision` computes them on `device`; no biases but zeros.
+
+    Args:
+        precision: of both layers.
+        weight: [out, in] of the first, fp32 and on the CPU; the second is its transpose.
+        compute_dtype: of a quantised precision's activations.
+        device: that computes.
+    """
+
+    def __init__(self, precision: str, weight: torch.Tensor, compute_dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        widened, width = weight.shape
+        self.c_fc = trial_layer(precision, weight, torch.zeros(widened), compute_dtype, device)
+        self.act: nn.Module = nn.GELU(approximate="tanh")
+        self.c_proj = trial_layer(precision, weight.T.contiguous(), torch.zeros(width), compute_dtype, device)
+        if precision == "int8" and device.type == "cpu":
+            join_products(self, type(self.c_fc), compute_dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[N, in] → [N, in]."""
+        return self.c_proj(self.act(self.c_fc(inputs)))
 
 
 def trial_layer(
