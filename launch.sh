@@ -58,6 +58,7 @@ while (($#)); do
 done
 recipe=${recipe:-quickstart}
 steps=(doctor prepare plan train evaluate export report)
+processes=(-n auto --maxprocesses 4) # of the test suite: half of what a test does is to import libraries
 if [[ $node_rank != 0 ]]; then steps=(train); fi # the other machines join the ranks of the first one
 
 # --- The environment: .venv beside this script, made once. ---
@@ -110,7 +111,7 @@ if [[ -n $dry_run ]]; then
     echo "Would install, unless it is there already:"
     printf '  %s\n' "$(printf '%q ' "${make[@]}")" "$(printf '%q ' "${install[@]}")"
     echo "Would run:"
-    if [[ -n $extra ]]; then echo "  python -m pytest $(((!$#)) || printf '%q ' "$@")"; exit 0; fi
+    if [[ -n $extra ]]; then echo "  python -m pytest ${processes[*]} $(((!$#)) || printf '%q ' "$@")"; exit 0; fi
     for command in "${steps[@]}"; do
         options=("${common[@]}")
         if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
@@ -158,7 +159,7 @@ if [[ $device == cpu ]]; then
 fi
 
 if [[ -n $extra ]]; then
-    cd "$here" && exec "$venv/bin/python" -m pytest "$@"
+    cd "$here" && exec "$venv/bin/python" -m pytest "${processes[@]}" "$@"
 fi
 
 # --- The run. ---
@@ -188,8 +189,8 @@ daramgpt() {
     while true; do
         interrupted='' status=0
         wait "$child" || status=$?
-        # 127: it was gone already; 255: it went while the signal was being answered.
-        ((status == 127 || (status == 255 && ${#interrupted}))) || code=$status
+        # 127: it was gone already; 255: it went while a signal was being answered, or right after.
+        ((status == 127 || (status == 255 && signals))) || code=$status
         if [[ -z $interrupted ]] || ((status <= 128)); then break; fi # else the signal ended the wait, not the command
     done
     child=''

@@ -63,7 +63,7 @@ if command == os.environ.get("SLOW"):
     def stop(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a group's signal comes again from launch.sh
         note(f"signal {number}")
-        os._exit(0)  # at once: an exception on its way out could meet the second signal
+        sys.exit(0)
     signal.signal(signal.SIGTERM, stop)
     note("ready")
     time.sleep(60)
@@ -359,7 +359,7 @@ def test_test_installs_the_dev_extra_and_passes_arguments_and_code_on(checkout: 
     done = checkout.launch("test", "-k", "some thing", PYTEST_CODE="5")
     assert done.returncode == 5, done.stderr
     assert checkout.calls("pip")[0].endswith("[dev]")
-    assert checkout.calls("pytest") == [f"pytest in {checkout.path}: -m pytest -k some thing"]
+    assert checkout.calls("pytest") == [f"pytest in {checkout.path}: -m pytest -n auto --maxprocesses 4 -k some thing"]
     checkout.forget()
     assert checkout.launch("test").returncode == 0
     assert checkout.launch(STATUS_CODE="0").returncode == 0
