@@ -94,6 +94,8 @@ class Checkout:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A test suite in the background of a shell ignores Ctrl-C, and bash cannot change what it began with.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             cwd=self.path.parent,
             env={**self.environment, **environment},
         )
