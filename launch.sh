@@ -189,8 +189,8 @@ daramgpt() {
     while true; do
         interrupted='' status=0
         wait "$child" || status=$?
-        # 127: it was gone already; 255: it went while a signal was being answered, or right after.
-        ((status == 127 || (status == 255 && signals))) || code=$status
+        # 127: it was gone already; -1, as bash says then: it went while a signal was being answered, or right after.
+        ((status == 127 || (signals && (status == -1 || status == 255)))) || code=$status
         if [[ -z $interrupted ]] || ((status <= 128)); then break; fi # else the signal ended the wait, not the command
     done
     child=''
