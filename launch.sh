@@ -153,13 +153,17 @@ read -r device _ <"$installed"
 export TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_TELEMETRY=1
 if [[ $device == cpu ]]; then
     export DS_ACCELERATOR=cpu
-    # Large temporaries are reused instead of returned to the system: their page faults cost more than the arithmetic.
-    # Older C libraries ignore a threshold above 32 MiB, so mapping is switched off as well.
-    export MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_MMAP_MAX_=0
 fi
 
 if [[ -n $extra ]]; then
     cd "$here" && exec "$venv/bin/python" -m pytest "${processes[@]}" "$@"
+fi
+
+if [[ $device == cpu ]]; then
+    # Large temporaries are reused instead of returned to the system: their page faults cost more than the arithmetic.
+    # Older C libraries ignore a threshold above 32 MiB, so mapping is switched off as well.
+    # Not for the tests: a process that runs hundreds of them would keep the largest of all their blocks.
+    export MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_MMAP_MAX_=0
 fi
 
 # --- The run. ---

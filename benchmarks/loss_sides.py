@@ -217,8 +217,7 @@ class Side:
         self._connection, theirs = context.Pipe()
         # Allocator and OpenMP read their settings when the process starts. As in training, threads that have nothing
         # to do wait in a loop for a moment: only one side computes at a time.
-        environment = {key: value for key, value in SIDE_ENVIRONMENT.items() if key != "OMP_WAIT_POLICY"}
-        with _environment(environment, without="OMP_WAIT_POLICY"):
+        with _environment(SIDE_ENVIRONMENT, without="OMP_WAIT_POLICY"):
             self._process = context.Process(target=_serve, args=(case, theirs), daemon=True)
             self._process.start()
         theirs.close()
