@@ -229,7 +229,7 @@ def _choose_teacher_precision(machine: Machine) -> tuple[str, str]:
     why = "int8 rows dequantised into the product: a quarter of the fp32 memory, "
     capability = machine.capability
     if capability is None:
-        return "int8", f"{why}and on a CPU the product itself stays in fast fp32"
+        return "int8", f"{why}and the product keeps the precision that this CPU is fast in"
     if capability < LLM_INT8_FROM:
         return "int8", f"{why}and LLM.int8 needs compute capability 7.5, this GPU has {capability[0]}.{capability[1]}"
     return "int8", f"{why}and activations stay exact, which LLM.int8 rounds too (KL to fp32 1.2e-5 against 2.2e-4)"
