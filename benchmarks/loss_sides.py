@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -104,8 +105,10 @@ def _plain(inputs: Inputs, case: Case) -> Callable[[], Tensor]:
     return loss
 
 
-def _fused(inputs: Inputs, case: Case) -> Callable[[], Tensor]:
-    head = DistillationHead(inputs.student_weight, objective=OBJECTIVE, chunk_tokens=case.chunk_tokens)
+def _fused(inputs: Inputs, case: Case, is_compiled: bool = False) -> Callable[[], Tensor]:
+    head = DistillationHead(
+        inputs.student_weight, objective=OBJECTIVE, chunk_tokens=case.chunk_tokens, is_compiled=is_compiled
+    )
     return lambda: (
         head(inputs.student_hidden, inputs.labels, inputs.teacher_hidden, inputs.teacher_weight)[0] / case.tokens
     )
@@ -170,6 +173,7 @@ BUILDERS: dict[str, Callable[[Inputs, Case], Callable[[], Tensor]]] = {
     PRODUCTS: _products,
     "plain": _plain,
     "fused": _fused,
+    "fused-compiled": functools.partial(_fused, is_compiled=True),
     "trl-gkd": _trl_gkd,
     "liger-jsd": _liger_jsd,
 }

@@ -1,4 +1,7 @@
-"""What measurements share: machine, versions, peak memory, output."""
+"""What measurements share: machine, versions, peak memory, output.
+
+torch is imported where memory of a GPU is read and nowhere else: a process that watches others may have to do without.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from daramgpt import hardware
 from daramgpt.run_directory import write_atomically
 
-PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "daramgpt", "trl", "liger-kernel")
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "bitsandbytes", "daramgpt", "trl", "liger-kernel")
 # What a side of a comparison is started with, as launch.sh starts a training. glibc hands large tensors back to the
 # kernel after each use unless told otherwise, and their pages are faulted in anew: a training step on a CPU then takes
 # up to three times as long.
@@ -67,6 +71,8 @@ class PeakMemory:
     def restart(self) -> None:
         """Forget the peak so far, such as that of loading a model; where the kernel forbids it, it stays."""
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         # proc(5): 5 resets the peak of the resident set to its current size.
@@ -76,6 +82,8 @@ class PeakMemory:
     def read_bytes(self) -> int:
         """The peak so far."""
         if self._device.type == "cuda":
+            import torch
+
             return torch.cuda.max_memory_allocated(self._device)
         return _status_bytes("VmHWM") - self._before_bytes
 
@@ -96,6 +104,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join(lines)
+
+
+def format_cell(value: float | None, form: str, unit: str = "") -> str:
+    """A figure of a table; a dash where it was not measured."""
+    return "-" if value is None else format(value, form) + unit
 
 
 def _processor() -> str:

@@ -1,22 +1,22 @@
 """What `plan` predicts by arithmetic, before any probe, against what training then measures.
 
-    python -m benchmarks.plan [--rows NAME,...] [--steps N] [--json FILE]
+    python -m benchmarks.plan [--shape small|full|calibration] [--rows NAME,...] [--steps N] [--json FILE]
 
-Peak memory and tokens per second of several pairs of models on this CPU. The constants of memory were fitted on the
-shapes under `FITTED_ON`, which holds three rows of the table: they are marked. Those of speed are measured anew before
-each row, on tensors of sizes of their own. README.md defines every key.
+Peak memory and tokens per second of pairs of models on this CPU, each predicted and then trained in a process of its
+own. What is predicted is not fitted to any row of `small` and `full`: the constants of memory come from the rows of
+`calibration` (`FITTED_ON` says which), and before each row a process times the parts of its models, as
+``python -m daramgpt plan`` does. README.md defines every key.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks import command, machine
+from benchmarks.inputs import SHAPES
 from benchmarks.machine import SIDE_ENVIRONMENT
 from daramgpt import ds_config, hardware, planner, student, teacher
 from daramgpt import recipe as recipes
 from daramgpt.engine import Distiller, import_deepspeed
+from daramgpt.errors import UserError
 from daramgpt.planner import ModelShape, Step
-from daramgpt.recipe import Shape
+from daramgpt.recipe import Loss, Recipe, Shape
 from daramgpt.train import peak_memory_bytes
 
 SEED = 0
@@ -48,16 +50,17 @@ class Row:
     micro_batch_rows: int
     micro_batches: int
     chunk_tokens: int
-    dtype: str
+    dtype: str = "fp32"
+    teacher_precision: str = "int8"
 
     def step(self) -> Step:
         def shape(of: Shape) -> ModelShape:
-            return ModelShape(of.n_embd, of.n_layer, self.vocab_size, self.context_tokens)
+            return planner.recipe_shape(of, self.vocab_size, self.context_tokens)
 
         return Step(
             student=shape(self.student),
             teacher=shape(self.teacher) if self.teacher else None,
-            teacher_precision="int8",
+            teacher_precision=self.teacher_precision,
             dtype=self.dtype,
             context_tokens=self.context_tokens,
             micro_batch_rows=self.micro_batch_rows,
@@ -71,61 +74,56 @@ class Row:
     def ds_config(self) -> str:
         return "cpu-bf16" if self.dtype == "bf16" else "cpu"
 
+    def recipe(self) -> Recipe:
+        """What else shapes the step."""
+        recipe = recipes.load("daramgpt")
+        if self.teacher is None:
+            alone = Loss(temperature=1.0, kd_weight=0.0, ce_weight=1.0)
+            recipe = recipe.model_copy(update={"teacher": None, "loss": alone})
+        return recipe
 
-# For people, who may want to know.
-FITTED_ON = (
-    "student 384/6/4 alone, vocabulary 16,000, rows of 512, fp32",
-    "student 256/4/6 of teacher 512/8/6, vocabulary 8,000, rows of 512, fp32 and bf16",
-    "the rows pair, wide and alone in bf16: what bf16 products copy",
-)
-_PAIR = Row(
-    "pair",
-    Shape(n_embd=640, n_head=10, n_layer=6),
-    Shape(n_embd=320, n_head=5, n_layer=4),
-    16384,
-    512,
-    4,
-    2,
-    1024,
-    "fp32",
-)
-_WIDE = Row(
-    "wide",
-    Shape(n_embd=768, n_head=12, n_layer=4),
-    Shape(n_embd=512, n_head=8, n_layer=3),
-    24576,
-    256,
-    8,
-    1,
-    1024,
-    "fp32",
-)
-_ALONE = Row("alone", None, Shape(n_embd=512, n_head=8, n_layer=6), 8192, 512, 8, 1, 2048, "fp32")
-_DEEP = Row(
-    "deep",
-    Shape(n_embd=512, n_head=8, n_layer=8),
-    Shape(n_embd=384, n_head=6, n_layer=6),
-    20480,
-    512,
-    4,
-    2,
-    1024,
-    "fp32",
-)
-ROWS = [
-    replace(row, dtype=dtype, name=f"{row.name}-{dtype}")
-    for row in (_PAIR, _WIDE, _ALONE, _DEEP)
-    for dtype in ("fp32", "bf16")
-]
+
+def _shape(n_embd: int, n_head: int, n_layer: int) -> Shape:
+    return Shape(n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+
+
+def _in_both_dtypes(*rows: Row) -> list[Row]:
+    return [replace(row, dtype=dtype, name=f"{row.name}-{dtype}") for row in rows for dtype in ("fp32", "bf16")]
+
+
+_FULL = SHAPES["full"]
+_FULL_ROW = Row("full", _FULL.teacher, _FULL.student, _FULL.vocab_size, _FULL.context_tokens, 4, 1, 1024)
+ROWS = {
+    "small": _in_both_dtypes(
+        Row("pair", _shape(640, 10, 6), _shape(320, 5, 4), 16384, 512, 4, 2, 1024),
+        Row("wide", _shape(768, 12, 4), _shape(512, 8, 3), 24576, 256, 8, 1, 1024),
+        Row("alone", None, _shape(512, 8, 6), 8192, 512, 8, 1, 2048),
+        Row("deep", _shape(512, 8, 8), _shape(384, 6, 6), 20480, 512, 4, 2, 1024),
+    ),
+    "full": [
+        *_in_both_dtypes(_FULL_ROW),
+        replace(_FULL_ROW, name="full-bf16-teacher-bf16", dtype="bf16", teacher_precision="bf16"),
+    ],
+    "calibration": _in_both_dtypes(
+        Row("narrow", _shape(512, 8, 6), _shape(256, 4, 6), 8000, 512, 4, 2, 1024),
+        Row("lone", None, _shape(384, 6, 4), 16000, 512, 8, 1, 1024),
+        Row("broad", _shape(1280, 20, 4), _shape(640, 10, 3), 40000, 512, 8, 1, 1024),
+    ),
+}
+# For people, who may want to know: rows of `calibration`, and nothing else, gave these constants.
+FITTED_ON = {
+    "daramgpt.planner.memory.HEAP_SHARES": "narrow, lone, broad, by dtype",
+}
 
 
 def measure(row: Row, num_steps: int, folder: Path) -> dict[str, Any]:
     """One row of the result: prediction, then measurement, each in a process of its own."""
-    rates = _in_process(_rates, row.dtype)
-    step = row.step()
+    start = time.perf_counter()
+    timings = _in_process(_timings, row)
+    timing_seconds, step = time.perf_counter() - start, row.step()
     needed = planner.needed_memory(step)
-    speed = planner.tokens_per_second(step, rates)
-    teacher_dir = folder / row.name.rpartition("-")[0]
+    speed = planner.tokens_per_second(step, timings)
+    teacher_dir = folder / row.name.partition("-")[0]
     if row.teacher is not None and not teacher_dir.is_dir():
         _in_process(_write_teacher, row, teacher_dir)
     measured = _in_process(_train, row, num_steps, teacher_dir if row.teacher else None, folder / "log.txt")
@@ -144,9 +142,10 @@ def measure(row: Row, num_steps: int, folder: Path) -> dict[str, Any]:
         ],
         "speed_error": speed / measured_speed - 1,
         "predicted_bytes": needed.device,
-        "rates": asdict(rates),
-        "is_fitted_on": row.dtype == "bf16" and row.name != "deep-bf16",
-        "predicted_seconds": planner.step_seconds(step, rates),
+        "teacher_precision": row.teacher_precision if row.teacher else None,
+        "rates": asdict(timings),
+        "timing_seconds": timing_seconds,
+        "predicted_seconds": planner.step_seconds(step, timings),
     }
 
 
@@ -172,8 +171,8 @@ def _answer(connection: Connection, work: Callable[..., Any], *arguments: Any) -
     connection.send(work(*arguments))
 
 
-def _rates(dtype: str) -> planner.Rates:
-    return planner.measure(dtype, torch.device("cpu"))
+def _timings(row: Row) -> planner.Timings:
+    return planner.measure(row.step(), row.recipe(), torch.device("cpu"))
 
 
 def _write_teacher(row: Row, path: Path) -> None:
@@ -184,11 +183,14 @@ def _write_teacher(row: Row, path: Path) -> None:
 def _train(row: Row, num_steps: int, teacher_dir: Path | None, log: Path) -> dict[str, Any]:
     """Seconds of each step but the first, and the peak of the process's resident memory."""
     import_deepspeed(log)
-    recipe = recipes.load("daramgpt")
-    loaded = None if teacher_dir is None else teacher.load(teacher_dir, "int8", teacher.DTYPES[row.dtype])
+    recipe, loaded = row.recipe(), None
+    if teacher_dir is not None:
+        loaded = teacher.load(teacher_dir, row.teacher_precision, teacher.DTYPES[row.dtype])
+        # Of training: pages of a checkpoint that is read are the system's to take back.
+        machine.PeakMemory(torch.device("cpu")).restart()
     distiller = Distiller(
         student.build(row.student, row.vocab_size, row.context_tokens, 0, SEED),
-        recipe.loss if loaded is not None else recipes.Loss(temperature=1.0, kd_weight=0.0, ce_weight=1.0),
+        recipe.loss,
         recipe.optimizer,
         ds_config.load(row.ds_config),
         row.micro_batch_rows,
@@ -209,12 +211,42 @@ def _train(row: Row, num_steps: int, teacher_dir: Path | None, log: Path) -> dic
     return {"seconds": seconds[1:], "peak_memory_bytes": peak_memory_bytes()}
 
 
+def run(shape: str, names: str | None, num_steps: int, folder: Path) -> dict[str, Any]:
+    """The result without hardware and versions.
+
+    Args:
+        shape: a key of `ROWS`.
+        names: of rows, with commas between; None = all.
+        num_steps: a row.
+        folder: takes teachers.
+
+    Raises:
+        UserError: an unknown name, or no step.
+    """
+    known = [row.name for row in ROWS[shape]]
+    wanted = known if names is None else [name.strip() for name in names.split(",")]
+    if unknown := sorted(set(wanted) - set(known)):
+        raise UserError(f'--rows: there is no row "{unknown[0]}"', f"choose from {', '.join(known)}")
+    if num_steps < 1:
+        raise UserError(f"--steps {num_steps} is too few", "give 1 or more")
+    found, left_out = [], {}
+    for row in ROWS[shape]:
+        if row.name not in wanted:
+            continue
+        if row.dtype == "bf16" and not hardware.detect().cpu_has_bf16:
+            left_out[row.name] = "this CPU has no instructions for bf16 products"
+            continue
+        command.progress(row.name)
+        found.append(measure(row, num_steps, folder))
+    return {"shape": shape, "steps": num_steps, "rows": found, "left_out": left_out, "fitted_on": FITTED_ON}
+
+
 def format_result(result: dict[str, Any]) -> str:
-    """The table."""
+    """The table, and what was left out."""
     header = ("row", "memory predicted", "measured", "error", "tokens/s predicted", "measured", "error")
     rows = [
         (
-            entry["name"] + (" *" if entry["is_fitted_on"] else ""),
+            entry["name"],
             f"{entry['predicted_peak_memory_bytes'] / 1e6:,.0f} MB",
             f"{entry['measured_peak_memory_bytes'] / 1e6:,.0f} MB",
             f"{entry['memory_error']:+.1%}",
@@ -224,30 +256,21 @@ def format_result(result: dict[str, Any]) -> str:
         )
         for entry in result["rows"]
     ]
-    return f"{machine.format_table(header, rows)}\n* its memory gave a constant of the arithmetic"
+    lines = [f"{name} left out: {reason}" for name, reason in result["left_out"].items()]
+    return "\n".join([machine.format_table(header, rows), *lines])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", default=",".join(row.name for row in ROWS), help="names, with commas between")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command.parser("plan", __doc__)
+    parser.add_argument("--shape", choices=list(ROWS), default="small", help="which rows (default: small)")
+    parser.add_argument("--rows", help="names, with commas between (default: all of the shape)")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps a row, after one that warms up")
     parser.add_argument("--json", type=Path, help="file for the result")
-    arguments = parser.parse_args()
-    found, left_out = [], {}
+    parsed = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="daramgpt-plan-") as folder:
-        for row in ROWS:
-            if row.name not in arguments.rows.split(","):
-                continue
-            if row.dtype == "bf16" and not hardware.detect().cpu_has_bf16:
-                left_out[row.name] = "this CPU has no instructions for bf16 products"
-                continue
-            found.append(measure(row, arguments.steps, Path(folder)))
-    result = {"steps": arguments.steps, "rows": found, "left_out": left_out}
-    machine.write_result(result, arguments.json)
-    print(format_result(result))
-    for name, reason in left_out.items():
-        print(f"{name} left out: {reason}")
-    return 0
+        return command.run(
+            lambda: run(parsed.shape, parsed.rows, parsed.steps, Path(folder)), format_result, parsed.json
+        )
 
 
 if __name__ == "__main__":

@@ -15,17 +15,14 @@ of the process that it watches.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import salted_corpus
+from benchmarks import command, machine, salted_corpus
 from benchmarks.prepare_sides import Ended, run_side
 from benchmarks.process_tree import require_smaps_rollup
 from daramgpt import corpora
@@ -198,18 +195,8 @@ def measure_growth(
     }
 
 
-def write_result(result: dict[str, Any], path: Path | None) -> None:
-    """As `machine.write_result`, the version of tokenizers among the others."""
-    from benchmarks import machine
-
-    versions = {**machine.versions(), "tokenizers": importlib.metadata.version("tokenizers")}
-    machine.write_result({**result, "versions": versions}, path)
-
-
 def format_result(result: dict[str, Any]) -> str:
     """The table and what stands below it."""
-    from benchmarks import machine
-
     header = ("corpus", "text MB", "tokens", "seconds", "MB/s", "tokenizer alone MB/s")
     cells = [
         (
@@ -258,7 +245,7 @@ def _megabytes_per_second(num_bytes: int, seconds: float) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("prepare", __doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder that holds the corpora")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder that holds tokenizer.json")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -270,28 +257,21 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.repetitions < 1 or arguments.salted_copies < 0:
         parser.error("--repetitions is at least 1, --salted-copies at least 0")
-    start = time.monotonic()
-    try:
-        if arguments.runs is not None:
-            arguments.runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="daramgpt-prepare-", dir=arguments.runs) as folder:
-            measurement = measure(
+    if arguments.runs is not None:
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="daramgpt-prepare-", dir=arguments.runs) as folder:
+        return command.run(
+            lambda: measure(
                 arguments.corpus,
                 arguments.tokenizer,
                 Path(folder),
                 arguments.repetitions,
                 arguments.salted_copies,
-                lambda line: print(line, file=sys.stderr, flush=True),
-            )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    from daramgpt import hardware
-
-    write_result(measurement, arguments.json)
-    print(f"{hardware.detect().describe()}, {time.monotonic() - start:.0f} s")
-    print(format_result(measurement))
-    return 0
+                command.progress,
+            ),
+            format_result,
+            arguments.json,
+        )
 
 
 if __name__ == "__main__":

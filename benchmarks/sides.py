@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
-import os
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from benchmarks import ladder
 from benchmarks.inputs import SHAPES, Inputs
-from benchmarks.ladder import Settings, Work
-from benchmarks.machine import SIDE_ENVIRONMENT, PeakMemory
-from daramgpt import hardware
-from daramgpt.engine import import_deepspeed
+from benchmarks.ladder import Work
+from benchmarks.ladder_plan import Settings
+from benchmarks.machine import PeakMemory
+from benchmarks.side_process import SideProcess, set_up, synchronise
 
 
 class LeftOutError(Exception):
@@ -71,15 +68,7 @@ class Side:
 
     def __init__(self, name: str, shape: str, inputs_dir: Path, settings: Settings, memory_cap_bytes: int) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        # Allocator and OpenMP read their settings when the process starts.
-        os.environ.update(SIDE_ENVIRONMENT)
-        self._process = context.Process(
-            target=_serve, args=(name, shape, inputs_dir, settings, memory_cap_bytes, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process = SideProcess(name, _serve, name, shape, inputs_dir, settings, memory_cap_bytes)
         self.row: Ready = self._receive()
 
     def step(self, tokens: int | None = None) -> Repetition:
@@ -88,22 +77,15 @@ class Side:
         Raises:
             OutOfMemoryError: the side has ended.
         """
-        self._connection.send(tokens)
+        self._process.send(tokens)
         return self._receive()
 
     def finish(self) -> None:
         """End the process."""
-        self._connection.close()
-        self._process.join()
+        self._process.finish()
 
     def _receive(self) -> Any:
-        try:
-            received = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(
-                f"the side {self.name} ended with exit code {self._process.exitcode}; its message stands above"
-            ) from None
+        received = self._process.receive()
         if isinstance(received, Exception):
             self.finish()
             raise received
@@ -113,16 +95,12 @@ class Side:
 def _serve(
     name: str, shape: str, inputs_dir: Path, settings: Settings, memory_cap_bytes: int, connection: Connection
 ) -> None:
-    torch.set_num_threads(hardware.detect().num_cores)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = Inputs(inputs_dir)
+    device = set_up(inputs.log)
     if device.type == "cuda":
         share = memory_cap_bytes / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-    inputs, memory = Inputs(inputs_dir), PeakMemory(device)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    # For all sides: transformers imports it as well, while a model is loaded.
-    import_deepspeed(inputs.log)
+    memory = PeakMemory(device)
     memory.start()
     try:
         row = ladder.build(name, SHAPES[shape], inputs, settings, device)
@@ -132,10 +110,10 @@ def _serve(
             if tokens is not None:
                 _return_freed_memory()
             memory.restart()
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             work = row.step(tokens)
-            _synchronise(device)
+            synchronise(device)
             connection.send(Repetition(work, time.perf_counter() - start, memory.read_bytes()))
     except EOFError:
         # The caller closes its end when it needs no more.
@@ -150,9 +128,3 @@ def _return_freed_memory() -> None:
     """Give back to the system what the process has freed, such as that of loading: later steps would hide in it."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,6 @@ forget its pages before each command. A step is one micro-batch here, and the se
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+import transformers
+
+from benchmarks import command, machine
 from benchmarks.inputs import SHAPES, Inputs, Measured, make
 from benchmarks.startup_trace import STARTED
 from daramgpt import hardware
@@ -109,30 +110,31 @@ def run(name: str, recipe: Path, folder: Path) -> Command:
 def measure(shape: str, folder: Path) -> dict[str, Any]:
     """The result: seconds to the first step, and the rows of the commands."""
     measured = SHAPES[shape]
+    transformers.logging.disable_progress_bar()
     inputs = make(measured, folder)
     for file in inputs.shards().tokenizer_dir.iterdir():
         (inputs.teacher_dir / file.name).write_bytes(file.read_bytes())
     recipe = folder / "startup.toml"
     write_recipe(measured, inputs, recipe)
     run("prepare", recipe, folder)
-    commands = [_environment_check()]
+    ran = [_environment_check()]
     for name in COMMANDS:
         _forget_pages(inputs)
-        commands.append(run(name, recipe, folder))
+        ran.append(run(name, recipe, folder))
     return {
         "shape": shape,
-        "seconds_to_first_step": sum(command.seconds for command in commands),
-        "first_step_seconds": commands[-1].first_step_seconds,
+        "seconds_to_first_step": sum(one.seconds for one in ran),
+        "first_step_seconds": ran[-1].first_step_seconds,
         "first_step_tokens": measured.micro_batch_rows * measured.context_tokens,
         "teacher_file_bytes": sum(path.stat().st_size for path in inputs.teacher_dir.glob("*.safetensors")),
         "rows": [
             {
-                "name": command.name,
-                "seconds": command.seconds,
-                "cpu_seconds": command.cpu_seconds,
-                "parts": dict(sorted(command.parts.items(), key=lambda part: -part[1])),
+                "name": one.name,
+                "seconds": one.seconds,
+                "cpu_seconds": one.cpu_seconds,
+                "parts": dict(sorted(one.parts.items(), key=lambda part: -part[1])),
             }
-            for command in commands
+            for one in ran
         ],
     }
 
@@ -179,16 +181,14 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("startup", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="size of the models")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="daramgpt-startup-") as folder:
-        result = measure(arguments.shape, Path(folder))
-    machine.write_result(result, arguments.json)
-    print(f"{arguments.shape} models, {hardware.detect().describe()}")
-    print(format_result(result))
-    return 0
+        return command.run(
+            lambda: measure(arguments.shape, Path(folder)), format_result, arguments.json, f"{arguments.shape} models"
+        )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +24,10 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch.nn.functional import linear
 
-from benchmarks import inputs, machine
+from benchmarks import command, inputs
+from benchmarks.machine import format_cell, format_table
+from benchmarks.teacher_agreement import Head, Sums, compare
 from benchmarks.teacher_sides import (
     REFERENCE,
     Configuration,
@@ -46,56 +45,6 @@ from daramgpt.errors import UserError
 Answer = TypeVar("Answer")
 # At the full shape, whose weights are random, memory is what there is to learn.
 TOKENS = {"given": 100_000, "full": 0}
-# Positions whose logits exist at a time.
-CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: [V, D] weight and [V] bias or None, in fp32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def log_probabilities(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """[C, V] at T = 1: the product in fp32, the softmax in fp64, for KLs of interest are about 1e-5."""
-        return linear(hidden_CD, self.weight, self.bias).double().log_softmax(dim=-1)
-
-
-@dataclass
-class Sums:
-    """What a row has added up over its batches.
-
-    Attributes:
-        kl: nats.
-        agreed: tokens whose most probable next token is that of the reference.
-        seconds: of each batch.
-    """
-
-    kl: float = 0.0
-    agreed: int = 0
-    tokens: int = 0
-    seconds: list[float] = field(default_factory=list)
-
-
-def compare(hidden: Sequence[torch.Tensor], heads: Sequence[Head], sums: Sequence[Sums]) -> None:
-    """Add the agreement of rows with the reference to their sums, `CHUNK_TOKENS` positions at a time.
-
-    Args:
-        hidden: [N, D] of each row, in fp32; the first is the reference.
-        heads: of each row.
-        sums: of each row; ``kl``, ``agreed`` and ``tokens`` are added to.
-    """
-    for start in range(0, len(hidden[0]), CHUNK_TOKENS):
-        logs = None
-        for hidden_ND, head, total in zip(hidden, heads, sums, strict=True):
-            row_CV = head.log_probabilities(hidden_ND[start : start + CHUNK_TOKENS])
-            if logs is None:
-                logs = row_CV, row_CV.exp(), row_CV.argmax(dim=-1)
-            log_CV, probability_CV, best_C = logs
-            total.kl += float((probability_CV * (log_CV - row_CV)).sum())
-            total.agreed += int((row_CV.argmax(dim=-1) == best_C).sum())
-            total.tokens += len(row_CV)
 
 
 def measure(
@@ -247,17 +196,14 @@ def format_result(result: dict[str, Any]) -> str:
     """The table and what stands below it."""
     header = ("row", "computes in", "KL to fp32", "top-1", "tokens", "tokens/s", "weights", "loading", "of checkpoint")
 
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     cells = [
         (
             row["name"],
             row["compute_dtype"],
-            cell(row["kl_to_fp32"], ".2e"),
-            cell(row["top1_agreement"], ".3%"),
+            format_cell(row["kl_to_fp32"], ".2e"),
+            format_cell(row["top1_agreement"], ".3%"),
             f"{row['tokens']:,}",
-            cell(row["tokens_per_second"], ",.0f"),
+            format_cell(row["tokens_per_second"], ",.0f"),
             f"{row['weight_bytes'] / 1e6:,.1f} MB",
             f"{row['load_peak_bytes'] / 1e6:,.1f} MB",
             f"{row['load_peak_share']:.2f}",
@@ -265,7 +211,7 @@ def format_result(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     lines = [
-        machine.format_table(header, cells),
+        format_table(header, cells),
         f"KL in nats a token at T = 1 over {result['text']}; batches of {result['batch_tokens']:,} tokens; "
         f"fp32 checkpoint {result['checkpoint_bytes'] / 1e6:,.1f} MB",
     ]
@@ -304,7 +250,7 @@ def run(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.teacher", description=(__doc__ or "").splitlines()[0])
+    parser = command.parser("teacher", __doc__)
     parser.add_argument("--teacher", type=Path, help="folder of the teacher, with its tokenizer")
     parser.add_argument("--corpus", type=Path, help="folder that holds the corpora")
     parser.add_argument(
@@ -319,17 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="file for the result")
     parsed = parser.parse_args(arguments)
-    start = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="daramgpt-teacher-") as folder:
-            result = run(parsed, Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    machine.write_result(result, parsed.json)
-    print(f"{hardware.detect().describe()}, {time.monotonic() - start:.0f} s")
-    print(format_result(result))
-    return 0
+    with tempfile.TemporaryDirectory(prefix="daramgpt-teacher-") as folder:
+        return command.run(lambda: run(parsed, Path(folder), command.progress), format_result, parsed.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -25,9 +24,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from benchmarks.machine import SIDE_ENVIRONMENT
-from daramgpt import hardware, teacher
-from daramgpt.engine import import_deepspeed
+from benchmarks.side_process import SideProcess, set_up, synchronise
+from daramgpt import teacher
 from daramgpt.errors import UserError
 
 # Memory that matters here takes longer than this to fault in.
@@ -132,15 +130,7 @@ class Side:
 
     def __init__(self, configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log: Path) -> None:
         self.configuration = configuration
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        # Allocator and OpenMP read their settings when the process starts.
-        os.environ.update(SIDE_ENVIRONMENT)
-        self._process = context.Process(
-            target=_serve, args=(configuration, teacher_dir, tiny_dir, log, theirs), daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process = SideProcess(configuration.name, _serve, configuration, teacher_dir, tiny_dir, log)
 
     def wait(self) -> None:
         """Until it is warm.
@@ -156,11 +146,10 @@ class Side:
         Raises:
             UserError: as `daramgpt.teacher.load` raised it.
         """
-        assert self._process.pid is not None
         pid = self._process.pid
         before_bytes = peak_bytes = anonymous_bytes(pid)
-        self._connection.send("load")
-        while not self._connection.poll(INTERVAL_SECONDS):
+        self._process.send("load")
+        while not self._process.has_answered(INTERVAL_SECONDS):
             peak_bytes = max(peak_bytes, anonymous_bytes(pid))
         peak_bytes = max(peak_bytes, anonymous_bytes(pid))
         num_parameters, weight_bytes, device_peak_bytes = self._receive()
@@ -168,29 +157,20 @@ class Side:
 
     def head(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """[V, D] weight and [V] bias of the head, as the side holds them, widened to fp32."""
-        self._connection.send("head")
+        self._process.send("head")
         return self._receive()
 
     def run(self, input_ids: NDArray[np.int64]) -> Output:
         """Hidden states of a batch [B, T]."""
-        self._connection.send(input_ids)
+        self._process.send(input_ids)
         return self._receive()
 
     def end(self) -> None:
         """End the process."""
-        self._connection.close()
-        self._process.terminate()
-        self._process.join()
+        self._process.kill()
 
     def _receive(self) -> Any:
-        try:
-            received = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(
-                f"the side {self.configuration.name} ended with exit code {self._process.exitcode}; "
-                "its message stands above"
-            ) from None
+        received = self._process.receive()
         if isinstance(received, _Refused):
             raise UserError(received.fault, received.mend)
         return received
@@ -224,12 +204,7 @@ def save_tiny_model(folder: Path) -> None:
 
 
 def _serve(configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log: Path, connection: Connection) -> None:
-    torch.set_num_threads(hardware.detect().num_cores)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    # transformers imports it as well, while a model is loaded.
-    import_deepspeed(log)
+    device = set_up(log)
     # transformers imports torch's compiler with an architecture, and that of torch 2.7 fails to import under a device.
     importlib.import_module("torch._dynamo")
     # Imports the teacher's architecture, which would count as its memory; `load` says what is wrong with a broken one.
@@ -265,18 +240,12 @@ def _serve(configuration: Configuration, teacher_dir: Path, tiny_dir: Path, log:
 
 
 def _timed(loaded: teacher.Teacher, input_ids: torch.Tensor) -> Output:
-    _synchronise(input_ids.device)
+    synchronise(input_ids.device)
     start = time.perf_counter()
     hidden = loaded.hidden_states(input_ids)
-    _synchronise(input_ids.device)
+    synchronise(input_ids.device)
     return Output(seconds=time.perf_counter() - start, hidden=_widened(hidden))
 
 
 def _widened(tensor: torch.Tensor) -> NDArray[np.float32]:
     return tensor.detach().float().cpu().numpy()
-
-
-def _synchronise(device: torch.device) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import inputs, ladder, largest_micro_batch, machine
+from benchmarks import command, inputs, ladder, largest_micro_batch
 from benchmarks.inputs import Measured
-from benchmarks.ladder import OURS, REFERENCE, Settings
+from benchmarks.ladder import OURS, REFERENCE
+from benchmarks.ladder_plan import Settings, plan
 from benchmarks.sides import LeftOutError, OutOfMemoryError, Side
 from benchmarks.throughput_result import Measurement, format_result, result
 from daramgpt import hardware, planner
@@ -187,7 +188,7 @@ def measure(
     on_gpu = device.type == "cuda"
     cap_bytes = min(cap_bytes, here.gpu_memory_bytes if on_gpu else here.memory_bytes)
     step_tokens = recipes.load("daramgpt").optimizer.batch_tokens if on_gpu else measured.step_tokens
-    settings = ladder.plan(measured, made, cap_bytes, step_tokens, config_name)
+    settings = plan(measured, made, cap_bytes, step_tokens, config_name)
     say(f"inputs made, plan: {settings}")
     sides = Sides(shape, measured, folder, settings, cap_bytes, say)
     dtypes = [ladder.dtype_of(name, settings) for name in (REFERENCE, OURS)]
@@ -233,9 +234,7 @@ def run(arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = command.parser("throughput", __doc__)
     parser.add_argument("--shape", choices=sorted(REPETITIONS), default="small", help="size of the models")
     parser.add_argument("--rows", help="names of rows, with commas between them (default: all)")
     parser.add_argument("--repetitions", type=int, help=f"of each side (default: {REPETITIONS})")
@@ -253,17 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"{time.monotonic() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
+        command.progress(f"{time.monotonic() - start:5.0f} s  {line}")
 
-    try:
-        measurement = run(parsed, say)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    machine.write_result(measurement, parsed.json)
-    print(f"{parsed.shape} models, {hardware.detect().describe()}, {time.monotonic() - start:.0f} s")
-    print(format_result(measurement))
-    return 0
+    return command.run(lambda: run(parsed, say), format_result, parsed.json, f"{parsed.shape} models")
 
 
 if __name__ == "__main__":

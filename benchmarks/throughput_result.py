@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks import machine, reference_loop, sentence_lengths
+from benchmarks import reference_loop, sentence_lengths
 from benchmarks.inputs import Measured
-from benchmarks.ladder import LADDER, OURS, PEERS, REFERENCE, Settings
+from benchmarks.ladder import LADDER, OURS, PEERS, REFERENCE
+from benchmarks.ladder_plan import Settings
+from benchmarks.machine import format_cell, format_table
 from benchmarks.sides import Repetition
 
 CURRICULUM_TOKENS = 1.3e9
@@ -171,17 +173,14 @@ def format_result(result: dict[str, Any]) -> str:
         "curriculum",
     )
 
-    def cell(value: float | None, form: str, unit: str = "") -> str:
-        return "-" if value is None else format(value, form) + unit
-
     rows = [
         (
             entry["name"],
             f"{entry['useful_tokens_per_second']:,.1f}",
-            cell(entry["over_reference"], ".2f"),
+            format_cell(entry["over_reference"], ".2f"),
             f"{entry['peak_memory_bytes'] / 1e6:,.0f} MB",
             f"{entry['micro_batch_tokens']:,}",
-            cell(entry["largest_micro_batch_tokens"], ","),
+            format_cell(entry["largest_micro_batch_tokens"], ","),
             f"{entry['padding_share']:.1%}",
             f"{entry['roofline_fraction']:.1%} {entry['dtype']}",
             f"{entry['curriculum_hours']:,.0f} h",
@@ -190,9 +189,9 @@ def format_result(result: dict[str, Any]) -> str:
     ]
     rates = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in result["gemm_flops_per_second_by_dtype"].items())
     lines = [
-        machine.format_table(header, rows),
-        f"speed-up over the reference loop {cell(result['speedup_over_reference'], '.2f')}; "
-        f"largest micro-batch over its {cell(result['micro_batch_over_reference'], '.1f')}, "
+        format_table(header, rows),
+        f"speed-up over the reference loop {format_cell(result['speedup_over_reference'], '.2f')}; "
+        f"largest micro-batch over its {format_cell(result['micro_batch_over_reference'], '.1f')}, "
         f"in {result['memory_cap_bytes'] / 1e9:g} GB, {result['largest_micro_batch_method']}",
         f"square products in GFLOP/s: {rates}; independent draws of sentences would pad "
         f"{result['padding_share_of_independent_draws']:.1%}",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TENSOR_FILES = ("weights", "exp_avg", "exp_avg_sq", "rng")
 MANIFEST = "manifest.json"
+# How a rank begins its refusal to go on, where all ranks have to start again from the newest checkpoint.
+START_AGAIN = "start again from the newest checkpoint: "
 # Room that stays free beyond the checkpoint itself, for logs and metrics.
 SPARE_BYTES = 16 * 2**20
 

@@ -1,8 +1,10 @@
-"""torch.compile for the blocks of teacher and student: elementwise chains fused, products left as they are.
+"""torch.compile where a recipe asks for it: the check that it works here, and the blocks of teacher and student.
 
-Each block is compiled by itself: they are alike, so one compilation serves all, and a DeepSpeed hook or a quantised
-layer that the compiler cannot follow breaks one graph, not the model. Off unless the recipe says so, for it changes
-rounding, takes up to a minute at every start, and needs Triton or a C++ compiler.
+What is done beside matrix products is fused, products are left as they are. The loss's own arithmetic is in
+`daramgpt.losses.compiled`; it gains most. Each block is compiled by itself: they are alike, so one compilation serves
+all, and a DeepSpeed hook or a quantised layer that the compiler cannot follow breaks one graph, not the model. Off
+unless the recipe says so, for it changes rounding, takes up to a minute at every start, and needs Triton or a C++
+compiler.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def check() -> None:
     """
     import torch
 
-    mend = "--set engine.compile=false"
+    mend = "--set engine.compile=none"
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY_FLOOR:
         floor = ".".join(map(str, CAPABILITY_FLOOR))
         raise UserError(

@@ -225,6 +225,19 @@ def check(config: Any, where: str) -> None:
         )
 
 
+def for_one_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what has a use only between ranks.
+
+    With ``overlap_comm`` ZeRO-1 and 2 wait for the GPU at the end of every backward pass, and hold a second bucket for
+    gradients; one rank has no communication that this could hide. ZeRO-3 fetches parameters on a stream of its own with
+    it, from the memory of the CPU too.
+    """
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2):
+        return config
+    return {**config, "zero_optimization": {**zero, "overlap_comm": False}}
+
+
 def dtype(config: dict[str, Any]) -> str:
     """The precision a checked configuration trains in: ``"fp16"``, ``"bf16"`` or ``"fp32"``."""
     return next((kind for kind in ("fp16", "bf16") if config.get(kind, {}).get("enabled") is True), "fp32")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from daramgpt import model_card
 from daramgpt.errors import UserError
+from daramgpt.generate import Sampling
 from daramgpt.recipe import Recipe, Shape
 from daramgpt.run_directory import RunDirectory, write_json
 
@@ -52,7 +53,10 @@ def export(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> Pat
         return run.export
     tokenizer_dir = run.shards / "tokenizer"
     if not (tokenizer_dir / "tokenizer.json").is_file():
-        raise UserError(f"{tokenizer_dir} holds no tokenizer", "the shards belong to the run; prepare it again")
+        raise UserError(
+            f"{tokenizer_dir} holds no tokenizer",
+            f"remove {run.shards} and run: python -m daramgpt prepare {recipe.name}",
+        )
     model = restore_student(recipe.student, saved.weights(), tokenizer_dir)
     card = model_card.write(recipe, run, record, sum(parameter.numel() for parameter in model.parameters()))
     save_model(model, tokenizer_dir, run.export, card, record)
@@ -111,8 +115,14 @@ def save_model(
     try:
         temporary.mkdir(parents=True)
         end_id = model.config.eos_token_id
+        drawn = Sampling()
         model.generation_config = GenerationConfig(
-            eos_token_id=end_id, bos_token_id=end_id, pad_token_id=end_id, do_sample=True, temperature=0.8, top_p=0.95
+            eos_token_id=end_id,
+            bos_token_id=end_id,
+            pad_token_id=end_id,
+            do_sample=True,
+            temperature=drawn.temperature,
+            top_p=drawn.top_p,
         )
         model.save_pretrained(temporary)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)

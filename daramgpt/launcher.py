@@ -19,10 +19,12 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from daramgpt.checkpoint import START_AGAIN
 from daramgpt.errors import UserError
 from daramgpt.run_directory import RunDirectory
 
@@ -128,8 +130,17 @@ def _read_slots(hostfile: Path) -> dict[str, int]:
     return slots
 
 
-def start_ranks(arguments: list[str], num_ranks: int, nodes: Nodes | None, run: RunDirectory) -> None:
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def start_ranks(
+    arguments: list[str], num_ranks: int, nodes: Nodes | None, run: RunDirectory, say: Callable[[str], None] = _print
+) -> None:
     """Start ``python -m daramgpt`` with `arguments` as ranks and wait for them.
+
+    A rank that ran out of memory where others may wait for it has lowered the plan's micro-batch and ended: then all
+    are started again, and go on from the newest checkpoint. That ends, at the latest with a micro-batch of one row.
 
     A signal to this process becomes a stop request that the ranks agree on; the launcher itself would answer it by
     killing them, so it has a session of its own. A second Ctrl-C ends the launcher.
@@ -140,29 +151,43 @@ def start_ranks(arguments: list[str], num_ranks: int, nodes: Nodes | None, run: 
         nodes: several machines.
         run: whose log takes what the launcher and the ranks print on stderr; of a later node a log of its own, because
             two machines cannot append to one file.
+        say: takes lines for people.
 
     Raises:
         UserError: a rank refused to go on, or the launcher cannot work here.
         RankError: a rank failed.
     """
-    if nodes is None:
-        # The launcher's own default port would let only one run train on a machine.
-        where = ["--num_accelerators", str(num_ranks), "--master_port", str(_free_port())]
-    else:
+    if nodes is not None:
         _check(nodes)
+    try:
+        while fault := _run_ranks(arguments, num_ranks, nodes, run):
+            say(f"{fault}; starting all ranks again from the newest checkpoint")
+    finally:
+        # Served by now; the next session must not find it.
+        run.stop_request.unlink(missing_ok=True)
+
+
+def _run_ranks(arguments: list[str], num_ranks: int, nodes: Nodes | None, run: RunDirectory) -> str | None:
+    """Run the ranks to their end; why all of them have to start again, or None where they are done."""
+    # The launcher's own default port would let only one run train on a machine.
+    where = ["--num_accelerators", str(num_ranks), "--master_port", str(_free_port())]
+    if nodes is not None:
         where = nodes.arguments()
     launcher = [str(Path(sys.executable).with_name("deepspeed")), *where, "--quiet", "--no_local_rank", "--module"]
-    log_file = run.node_log(nodes.node_rank if nodes else None)
+    node_rank = nodes.node_rank if nodes else None
+    log_file = run.node_log(node_rank)
+    # Where the nodes share the run directory, what one rank says is for all of their commands.
+    others = [run.node_log(node) for node in range(len(nodes.slots))] if nodes and node_rank is not None else []
+    logs = {path: path.stat().st_size if path.is_file() else 0 for path in [log_file, *others]}
     with log_file.open("a", encoding="utf-8") as log:
-        log.seek(0, os.SEEK_END)
-        begin = log.tell()
         process = subprocess.Popen([*launcher, "daramgpt", *arguments], stderr=log, start_new_session=True)
 
         def end(number: int, _: Any) -> None:
             if nodes is not None and nodes.node_rank is None:
                 process.terminate()  # to which it answers by ending the ranks on the other machines
             else:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
         def on_signal(number: int, _: Any) -> None:
             run.stop_request.touch()
@@ -171,12 +196,27 @@ def start_ranks(arguments: list[str], num_ranks: int, nodes: Nodes | None, run: 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         code = process.wait()
-    # Served by now; the next session must not find it.
-    run.stop_request.unlink(missing_ok=True)
-    if code:
-        with log_file.open("rb") as log_bytes:
-            log_bytes.seek(begin)
-            _explain(log_bytes.read().decode("utf-8", errors="replace"), code, log_file)
+    if not code:
+        return None
+    said = {path: _text_from(path, begin) for path, begin in logs.items()}
+    for text in said.values():
+        for line in _refusals(text):
+            if line.startswith(START_AGAIN):
+                return line.removeprefix(START_AGAIN)
+    _explain(said[log_file], code, log_file)
+
+
+def _text_from(log: Path, begin: int) -> str:
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read().decode("utf-8", errors="replace")
+
+
+def _refusals(text: str) -> list[str]:
+    """What ranks refuse they say as a command does."""
+    return [match[1] for line in text.splitlines() if (match := _REFUSED.fullmatch(line))]
 
 
 def _check(nodes: Nodes) -> None:
@@ -201,9 +241,9 @@ def _check(nodes: Nodes) -> None:
                 ) from None
 
 
-def _explain(text: str, code: int, log: Path) -> None:
-    if refusals := [match[1] for line in text.splitlines() if (match := _REFUSED.fullmatch(line))]:
-        # What a rank refuses it says as a command does; every rank says the same.
+def _explain(text: str, code: int, log: Path) -> NoReturn:
+    if refusals := _refusals(text):
+        # Every rank says the same.
         raise UserError(f"a rank stopped: {refusals[0]}", "then run the same command again")
     if match := re.search(r"host=(\S+) was not reachable via ssh", text):
         raise UserError(

@@ -31,6 +31,12 @@ def share_one_heap() -> None:
     _mallopt(_M_ARENA_MAX, 1)
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what is free now, whatever the environment says."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def large_blocks_returned() -> Iterator[None]:
     """Inside, blocks of a megabyte or more go back to the system when they are freed, whatever the environment says."""

@@ -6,14 +6,13 @@ The licence follows the teacher's, because the student is made from the teacher'
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from daramgpt import results_table
 from daramgpt.ledger import seconds_used
 from daramgpt.recipe import Recipe
-from daramgpt.run_directory import RunDirectory
+from daramgpt.run_directory import RunDirectory, read_json
 
 # Of teachers whose licence their files do not carry.
 KNOWN_LICENCES = {"skt/ko-gpt-trinity-1.2B-v0.5": "cc-by-nc-sa-4.0"}
@@ -120,7 +119,7 @@ print(writer("오늘 아침에", max_new_tokens=60)[0]["generated_text"])
 
 
 def _data(recipe: Recipe, run: RunDirectory) -> str:
-    taken = {stage["name"]: stage for stage in _json(run.shards / "index.json").get("stages", [])}
+    taken = {stage["name"]: stage for stage in read_json(run.shards / "index.json").get("stages", [])}
     lines = ["| stage | corpus | unit | text | tokens |", "|---|---|---|---:|---:|"]
     for stage in recipe.curriculum.stages:
         info = taken.get(stage.name, {})
@@ -136,20 +135,14 @@ def _data(recipe: Recipe, run: RunDirectory) -> str:
 
 
 def _recipe_table(recipe: Recipe, run: RunDirectory, record: dict[str, Any], num_parameters: int) -> str:
-    plan = _json(run.plan)
-    student, optimizer, loss = recipe.student, recipe.optimizer, recipe.loss
+    plan = read_json(run.plan)
+    student, optimizer = recipe.student, recipe.optimizer
     rows = [
         ("parameters", f"{num_parameters:,}, embedding and head tied"),
         ("shape", f"n_embd {student.n_embd}, n_head {student.n_head}, n_layer {student.n_layer}"),
         ("context", f"{plan['context_tokens']:,} tokens" if "context_tokens" in plan else ""),
         ("teacher", f"{_teacher_name(recipe)}, {plan.get('teacher_precision', '')}" if recipe.teacher else ""),
-        (
-            "loss",
-            f"{loss.kd_weight:g} · T² · {loss.divergence_formula} at T = {loss.temperature:g}, "
-            f"+ {loss.ce_weight:g} · cross-entropy"
-            if recipe.teacher
-            else "cross-entropy",
-        ),
+        ("loss", recipe.loss.formula if recipe.teacher else "cross-entropy"),
         (
             "optimizer",
             f"AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}, "
@@ -172,24 +165,15 @@ def _hours(seconds: float) -> str:
 
 
 def _evaluation(run: RunDirectory, record: dict[str, Any]) -> str:
-    evaluation = _json(run.evaluation)
+    evaluation = read_json(run.evaluation)
     if not evaluation.get("rows"):
         return ""
     rows = evaluation["rows"]
-    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"]
-    cells = results_table.model_cells(rows)
-    lines = _markdown(cells)
-    by_stage = [
-        ["bits per byte", *stages],
-        *(
-            [row["name"], *(results_table.number(row["bits_per_byte"][stage], ".4f") for stage in stages)]
-            for row in rows
-        ),
-    ]
     note = "Held-out text of the same corpora, seen by none of the models that were trained here."
     if evaluation.get("step") != record["step"]:
         note += f" Measured at step {evaluation.get('step'):,}."
-    return "\n".join(["## Evaluation", "", note, "", *lines, "", *_markdown(by_stage)])
+    tables = [*_markdown(results_table.model_cells(rows)), "", *_markdown(results_table.stage_cells(rows))]
+    return "\n".join(["## Evaluation", "", note, "", *tables])
 
 
 def _markdown(cells: list[list[str]]) -> list[str]:
@@ -212,12 +196,3 @@ What it writes may be false, offensive or copied from its text; a model of this 
 tested for any use that affects people. It knows no other language and no text longer than its context.
 
 {terms}"""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none: a card is written for partial runs too."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

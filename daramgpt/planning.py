@@ -10,10 +10,11 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daramgpt import ds_config, hardware, planner
+from daramgpt import ds_config, gpu_table, hardware, planner
 from daramgpt import recipe as recipes
 from daramgpt.errors import UserError
 from daramgpt.planner import probe
@@ -22,6 +23,8 @@ from daramgpt.run_directory import RunDirectory, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from daramgpt.shards import Shards
 
@@ -83,52 +86,61 @@ def make_plans(
     num_threads = max(1, machine.num_cores // ranks_here)
     torch.set_num_threads(num_threads)
     rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
-    rates = planner.measure(dtype, device)
     for part in parts:
-        shape, precision = None, chosen.teacher_precision
+        setup = planner.TrainingSetup(
+            context_tokens=shards.context_tokens,
+            vocab_size=vocab_size,
+            teacher=_teacher_shape(part, vocab_size, shards.context_tokens),
+            world_size=world_size,
+            dtype=dtype,
+            ds_config=config_name,
+            device=machine.device,
+        )
+        rates = _rates(part.recipe, machine, device)
+        precision = chosen.teacher_precision
         if part.recipe.teacher is not None:
-            train = part.recipe.teacher.train
-            assert part.teacher_dir is not None
-            shape = (
-                planner.ModelShape(train.n_embd, train.n_layer, vocab_size, shards.context_tokens)
-                if train is not None
-                else planner.teacher_shape(part.teacher_dir)
-            )
             if part.recipe.teacher.precision != "auto":
                 precision = part.recipe.teacher.precision
                 reasons["teacher_precision"] = "the recipe or the command line says so"
             else:
-                precision, reasons["teacher_precision"] = planner.choose_teacher_precision(
-                    part.recipe,
-                    machine,
-                    dtype=dtype,
-                    ds_config=config_name,
-                    teacher=shape,
-                    context_tokens=shards.context_tokens,
-                    vocab_size=vocab_size,
-                    world_size=world_size,
-                )
+                precision, reasons["teacher_precision"] = planner.choose_teacher_precision(part.recipe, machine, setup)
         with tempfile.TemporaryDirectory(prefix="daramgpt-plan-") as scratch:
             # The run has no plan before it is final.
             plan = planner.make_plan(
                 part.recipe,
                 RunDirectory(Path(scratch)),
-                context_tokens=shards.context_tokens,
-                vocab_size=vocab_size,
+                setup,
+                teacher_precision=precision,
                 num_rows=shards.num_rows,
-                teacher=shape,
+                num_threads=num_threads,
                 memory_limit_bytes=machine.gpu_memory_bytes or machine.memory_bytes // ranks_here,
                 flops_per_second=rate,
-                rates=rates,
-                num_threads=num_threads,
-                world_size=world_size,
-                dtype=dtype,
-                teacher_precision=precision,
-                ds_config=config_name,
-                device=machine.device,
                 reasons=reasons,
+                rates=rates,
             )
-        write_json(part.run.plan, _probed(plan, part, whole, run, machine.device, say))
+        probed = _probed(plan, part, whole, run, machine.device, say)
+        if probed["micro_batch_rows"] != plan["micro_batch_rows"]:
+            probed = planner.predicted_anew(probed, part.recipe, setup, shards.num_rows, rates)
+        write_json(part.run.plan, probed)
+
+
+def _rates(recipe: Recipe, machine: hardware.Machine, device: torch.device) -> planner.RatesOf:
+    """Timed on the device; by its data sheet where that is a GPU that torch does not see."""
+    key = gpu_table.table_key(machine.gpus[0].name) if machine.gpus and device.type == "cpu" else None
+    if key is None:
+        return partial(planner.measure, recipe=recipe, device=device)
+    half_accumulation = recipe.teacher is not None and recipe.teacher.half_accumulation
+    return lambda step: planner.of_gpu(key, step.dtype, half_accumulation)
+
+
+def _teacher_shape(part: Part, vocab_size: int, context_tokens: int) -> planner.ModelShape | None:
+    """Of the teacher of a training, which may be one that the run trains first."""
+    if part.recipe.teacher is None:
+        return None
+    if part.recipe.teacher.train is not None:
+        return planner.recipe_shape(part.recipe.teacher.train, vocab_size, context_tokens)
+    assert part.teacher_dir is not None
+    return planner.teacher_shape(part.teacher_dir)
 
 
 def vocab_size(teacher_dir: Path | None, shards: Shards) -> int:

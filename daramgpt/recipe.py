@@ -74,6 +74,10 @@ class Corpus(Section):
     strict: bool = Field(False, description="bad input is fatal instead of counted and named")
     workers: int | None = Field(None, ge=1, description="processes that read and tokenise; none = one a core")
 
+    def splitter(self, corpus: str) -> str:
+        """Sentence splitter of a corpus by its name."""
+        return self.splitters.get(corpus, "rules")
+
 
 class Stage(Section):
     """One stretch of the curriculum."""
@@ -193,15 +197,18 @@ class Loss(Section):
     skew_alpha: float = Field(0.1, gt=0, lt=1, description="skew-kl: α of KL(p ‖ αp + (1 − α)q)")
 
     @property
-    def divergence_formula(self) -> str:
-        """For people, such as ``"KL(teacher ‖ student)"``."""
+    def formula(self) -> str:
+        """For people, such as ``"1 · T² · KL(teacher ‖ student) at T = 2, + 0.1 · cross-entropy"``."""
         share = self.skew_alpha
-        return {
+        divergence = {
             "forward-kl": "KL(teacher ‖ student)",
             "reverse-kl": "KL(student ‖ teacher)",
             "jsd": f"JSD(teacher, student; β = {self.jsd_beta:g})",
             "skew-kl": f"KL(teacher ‖ {share:g} · teacher + {1 - share:g} · student)",
         }[self.divergence]
+        return (
+            f"{self.kd_weight:g} · T² · {divergence} at T = {self.temperature:g}, + {self.ce_weight:g} · cross-entropy"
+        )
 
 
 class Engine(Section):
@@ -217,10 +224,10 @@ class Engine(Section):
     activation_checkpointing: bool = Field(
         False, description="compute the student's blocks once more in the backward pass instead of keeping activations"
     )
-    compile: bool = Field(
-        False,
-        description="fuse what the blocks do beside their products by torch.compile; needs compute capability 7.0 and "
-        "Triton, or on a CPU a C++ compiler",
+    compile: Literal["none", "loss", "all"] = Field(
+        "none",
+        description="what is done beside matrix products in fewer passes by torch.compile: the loss, or the blocks of "
+        "both models too; needs compute capability 7.0 and Triton, or on a CPU a C++ compiler",
     )
 
 

@@ -20,9 +20,8 @@ def format_evaluation(evaluation: dict[str, Any], width: int = 100) -> str:
     """
     rows = evaluation["rows"]
     parts = [_columns(model_cells(rows)), LEGEND]
-    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"] if rows else []
-    if stages:
-        parts += ["", "held-out bits per byte by stage", _by_stage(rows, stages, width)]
+    if rows and len(rows[0]["bits_per_byte"]) > 1:
+        parts += ["", "held-out bits per byte by stage", _by_stage(rows, width)]
     if evaluation.get("samples"):
         parts += ["", format_samples(evaluation["samples"], width)]
     if evaluation["state"] != "done":
@@ -55,12 +54,18 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _by_stage(rows: list[dict[str, Any]], stages: list[str], width: int) -> str:
-    """Models down and stages across, or the other way round where the stages would be too wide."""
-    cells = [
-        ["model", *stages],
-        *([row["name"], *(number(row["bits_per_byte"][s], ".4f") for s in stages)] for row in rows),
+def stage_cells(rows: list[dict[str, Any]], corner: str = "bits per byte") -> Cells:
+    """Header, which `corner` begins, and one line a model: bits per byte of every stage."""
+    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"]
+    return [
+        [corner, *stages],
+        *([row["name"], *(number(row["bits_per_byte"][stage], ".4f") for stage in stages)] for row in rows),
     ]
+
+
+def _by_stage(rows: list[dict[str, Any]], width: int) -> str:
+    """Models down and stages across, or the other way round where the stages would be too wide."""
+    cells = stage_cells(rows, "model")
     text = _columns(cells)
     if max(width_of(line) for line in text.splitlines()) <= width:
         return text

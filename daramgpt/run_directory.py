@@ -110,6 +110,15 @@ def write_json(path: Path, data: Any) -> None:
     write_atomically(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none that can be read: of a run at any point of its way."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 @contextmanager
 def locked(run: RunDirectory, node_rank: int | None = None) -> Iterator[None]:
     """Hold the run directory for this process; the lock ends with the process, however that ends.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from daramgpt import checkpoint, recipe
 from daramgpt.ledger import Session, sessions
 from daramgpt.recipe import Recipe
-from daramgpt.run_directory import RunDirectory, is_locked
+from daramgpt.run_directory import RunDirectory, is_locked, read_json
 from daramgpt.text_table import aligned
 
 STAGE_HEADINGS = ("stage", "text MB", "tokens", "first step", "last step", "trained")
@@ -61,7 +59,7 @@ def read(run: RunDirectory) -> Status:
     """
     stored = recipe.load(str(run.recipe)) if run.recipe.is_file() else None
     position = checkpoint.newest_state(run.checkpoints) or {}
-    plan = _json(run.plan)
+    plan = read_json(run.plan)
     found = sessions(run.ledger)
     step, num_steps = _count(position, "step"), _count(plan, "num_steps")
     missing = _missing(stored, run, step, num_steps)
@@ -99,14 +97,14 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
     for name in ["teacher"] * trains_teacher + ["baseline"] * stored.evaluation.baseline:
         part = run.part(name)
         part_step = _count(checkpoint.newest_state(part.checkpoints) or {}, "step")
-        if part_step < _count(_json(part.plan), "num_steps", default=1):
+        if part_step < _count(read_json(part.plan), "num_steps", default=1):
             missing.append(f"train ({name})")
     if not num_steps or step < num_steps:
         missing.append("train")
-    evaluation = _json(run.evaluation)
+    evaluation = read_json(run.evaluation)
     if evaluation.get("state") != "done" or evaluation.get("step") != step:
         missing.append("evaluate")
-    if not (run.export / "model.safetensors").is_file() or _json(run.export / "export.json").get("step") != step:
+    if not (run.export / "model.safetensors").is_file() or read_json(run.export / "export.json").get("step") != step:
         missing.append("export")
     if not run.report.is_file():
         missing.append("report")
@@ -115,7 +113,7 @@ def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int
 
 def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageStatus]:
     """Stages of the first pass, by the steps that the plan gives them."""
-    index = _json(run.shards / "index.json")
+    index = read_json(run.shards / "index.json")
     batch_rows, row, stages = _count(plan, "batch_rows"), 0, []
     for stage in index.get("stages", []):
         rows = int(stage["rows"])
@@ -130,7 +128,7 @@ def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageSta
 
 def _written_so_far(run: RunDirectory) -> str:
     """The stages of a `prepare` that is not finished, or nothing."""
-    progress = _json(run.shards.with_name(f"{run.shards.name}.partial") / "progress.json")
+    progress = read_json(run.shards.with_name(f"{run.shards.name}.partial") / "progress.json")
     parts = [f"{stage['name']} ({stage['text_bytes'] / 1e6:,.1f} MB)" for stage in progress.get("stages", [])]
     if under_way := progress.get("stage"):
         parts.append(f"{under_way['training']['counts']['text_bytes'] / 1e6:,.1f} MB of the next stage")
@@ -180,15 +178,6 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
             *aligned([("session", "training", "started", "steps", "tokens", "minutes", "ended"), *session_rows]),
         ]
     return result
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none that can be read: status never fails for it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _count(data: dict[str, Any], key: str, default: int = 0) -> int:

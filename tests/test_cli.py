@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from daramgpt import cli, commands, launcher, planner, recipe
+from daramgpt.cli import exit_codes
 from daramgpt.errors import UserError
-from daramgpt.run_directory import RunDirectory, write_atomically, write_json
+from daramgpt.run_directory import RunDirectory, locked, write_atomically, write_json
 
 COMMANDS = ("doctor", "prepare", "plan", "train", "status", "evaluate", "generate", "export", "report")
 
@@ -37,7 +38,7 @@ def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def call(*arguments: str) -> int:
     """A command in this process, as `cli.main` runs it."""
-    return cli._guarded(lambda: cli.app(list(arguments), standalone_mode=False))
+    return exit_codes.guarded(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -51,7 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def program(*arguments: str, code: str = "from daramgpt.cli import main; main()") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
     )
@@ -124,7 +125,8 @@ def test_a_teacher_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_a_ds_config_that_sets_the_batch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "_shards", lambda _: SimpleNamespace(vocab_size=500, context_tokens=64, num_rows=9))
+    shards = SimpleNamespace(vocab_size=500, context_tokens=64, num_rows=9)
+    monkeypatch.setattr(commands, "open_shards", lambda _: shards)
     file = tmp_path / "mine.json"
     write_json(file, {"train_batch_size": 8})
     text = refused(capsys, "plan", "quickstart", "--ds-config", str(file))
@@ -160,7 +162,7 @@ def test_changed_settings_of_a_run_are_refused_by_key(capsys: pytest.CaptureFixt
 
 def test_another_process_at_work_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "runs" / "quickstart")
-    with commands.locked(run):
+    with locked(run):
         assert f"in use by process {os.getpid()}" in refused(capsys, "plan", "quickstart")
 
 
@@ -185,7 +187,7 @@ def test_a_disk_that_takes_no_more_is_the_users_to_mend(capsys: pytest.CaptureFi
     def fails() -> None:
         raise OSError(number, os.strerror(number), "/some/file")
 
-    assert cli._guarded(fails) == 2
+    assert exit_codes.guarded(fails) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "/some/file" in error and os.strerror(number) in error and "make room" in error
 
@@ -207,16 +209,16 @@ def test_an_interruption_is_said_in_one_line(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    assert cli._guarded(interrupted) == 130
+    assert exit_codes.guarded(interrupted) == 130
     # typer has an answer of its own to Ctrl-C.
     monkeypatch.setattr(commands, "prepare", interrupted)
     line = ["prepare", "quickstart", "--run", str(tmp_path / "run")]
-    assert cli._guarded(lambda: cli.app(line, standalone_mode=False)) == 130
+    assert exit_codes.guarded(lambda: cli.app(line, standalone_mode=False)) == 130
     assert [line.count("goes on from there") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
 def test_a_rank_that_failed_is_a_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._guarded(lambda: launcher._explain("Traceback ...", 7, Path("log.txt"))) == 1
+    assert exit_codes.guarded(lambda: launcher._explain("Traceback ...", 7, Path("log.txt"))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "code 7" in line and "log.txt" in line
 

@@ -57,7 +57,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
     model = student.build(SHAPE, 50, 16, 0, seed=0)
     with pytest.raises(UserError, match=r"engine\.compile.*No working C\+\+ compiler") as caught:
         compiling.compile_blocks(model)
-    assert "engine.compile=false" in caught.value.mend and "more" not in str(caught.value)
+    assert "engine.compile=none" in caught.value.mend and "more" not in str(caught.value)
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from daramgpt import curriculum
 from daramgpt.corpora import Document
-from daramgpt.curriculum import CorpusStream, Taken, TextDocument, TextUnits, cut, stages, take_bytes, text_bytes, texts
+from daramgpt.curriculum import CorpusStream, Taken, TextDocument, TextUnits, cut, stages, take_bytes, texts
 from daramgpt.recipe import Recipe, validate
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -84,7 +84,7 @@ def test_stages_go_on_where_the_one_before_ended(
         assert not heldout
         units = [unit for text in training for unit in text.units.texts]
         seen += [word for unit in units for word in unit.split()]
-        taken = text_bytes(units)
+        taken = TextUnits(tuple(units)).num_bytes
         everything = [word for document in documents for word in "".join(cut(document, kind)).split()]
         if len(seen) < len(everything):
             # Only the unit that reaches the size goes beyond it.
@@ -142,8 +142,8 @@ def test_a_corpus_of_few_documents_holds_out_some_that_were_never_trained_on() -
 
 
 def test_held_out_text_and_waiting_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curriculum, "HELDOUT_BYTES", 5000)
-    monkeypatch.setattr(curriculum, "READ_AHEAD_BYTES", 20_000)
+    monkeypatch.setattr(curriculum.stream, "HELDOUT_BYTES", 5000)
+    monkeypatch.setattr(curriculum.stream, "READ_AHEAD_BYTES", 20_000)
     read = 0
 
     def documents() -> Iterator[Document]:
@@ -158,7 +158,7 @@ def test_held_out_text_and_waiting_documents_are_bounded(monkeypatch: pytest.Mon
     read_so_far = read
     stream = stream_of(documents(), 1e-9)
     list(stream.take(1, "sentence", 4, is_last=False))
-    assert read - read_so_far <= 1 + 20_000 // text_bytes(cut(make_documents(1)[0], "sentence")) + 1
+    assert read - read_so_far <= 1 + 20_000 // TextDocument(make_documents(1)[0]).text_bytes + 1
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_tokenizer_text_comes_from_all_stages_and_is_not_held_out(two_corpora: P
 
 
 def test_an_overlong_unit_is_cut_at_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curriculum, "LONGEST_UNIT_CHARACTERS", 20)
+    monkeypatch.setattr(curriculum.units, "LONGEST_UNIT_CHARACTERS", 20)
     text = "바다가 넓고 하늘이 맑으며 " * 5 + "가" * 50 + " 끝"
     document = Document("web", "1", (("짧다.", text), (text,)))
     for unit in ("sentence", "paragraph"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -75,6 +76,18 @@ def test_a_torch_without_cuda_is_replaced_though_its_version_is_the_right_one(mo
     check = libraries.torch(T4)
     assert check.blocks and "built without CUDA" in check.text
     assert check.text.endswith("-m pip install --force-reinstall torch==2.13.0")
+
+
+def test_a_package_that_is_too_old_is_not_named_among_those_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = libraries.importlib.metadata.version
+    monkeypatch.setattr(
+        libraries.importlib.metadata, "version", lambda name: "14.3.0" if name == "rich" else version(name)
+    )
+    old, rest = libraries.packages()
+    assert old.blocks and re.match(
+        r"rich 14\.3\.0 is older than [0-9.]+; .* -m pip install \"rich>=[0-9.]+\"$", old.text
+    )
+    assert rest.status == "ok" and "transformers" in rest.text and "rich" not in rest.text
 
 
 def found(machine: Machine, *alternatives: str) -> list[Check]:

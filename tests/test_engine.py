@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from distilling import (
 
 import daramgpt
 from daramgpt import checkpoint, moments, student
-from daramgpt.engine import import_deepspeed
+from daramgpt.engine import Distiller, StepOutOfMemoryError, import_deepspeed
 from daramgpt.errors import UserError
+from daramgpt.losses import DistillationHead
 from daramgpt.recipe import Shape
 from daramgpt.teacher import Teacher
 
@@ -294,11 +296,12 @@ def test_deepspeed_does_not_wait_for_the_gpu_to_time_it_unless_asked(enabled: bo
     assert has_timed is bool(enabled)
 
 
+@pytest.mark.parametrize("document_start_id", [None, EOS])
 def test_a_step_reads_one_tensor_from_the_device(
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document_start_id: int | None, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the host waits for whatever it reads; DeepSpeed's own reads are not ours to choose."""
-    distiller = make_distiller(CONFIGS["zero-2"], teacher, tmp_path / "log.txt", None, EOS)
+    distiller = make_distiller(CONFIGS["zero-2"], teacher, tmp_path / "log.txt", None, document_start_id)
     run_steps(distiller, range(1))
     readers = []
 
@@ -317,10 +320,41 @@ def test_a_step_reads_one_tensor_from_the_device(
     distiller.step(list(batches(1)), targets, 1e-3, lambda: (True,))
     package = Path(daramgpt.__file__).parent
     ours = [str(reader.relative_to(package)) for reader in readers if package in reader.parents]
+    others = [reader for reader in readers if package not in reader.parents and "deepspeed" not in reader.parts]
     monkeypatch.undo()
     distiller.close()
     # On a CPU, where nothing waits, the loss looks at its labels and its gradient.
     assert [reader for reader in ours if not reader.startswith("losses")] == ["engine/__init__.py"]
+    assert not others
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_closed_engine_holds_no_memory(
+    config: str, fails: bool, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = make_distiller(CONFIGS[config], teacher, tmp_path / "log.txt")
+    run_steps(distiller, range(2))
+    if fails:
+        # Where ZeRO-3 has the modules of a forward pass on a list.
+        monkeypatch.setattr(DistillationHead, "forward", failing)
+        with pytest.raises(StepOutOfMemoryError, match="no room"):
+            run_steps(distiller, range(2, 3))
+    held = references(distiller)
+    distiller.close()
+    assert len(held) > 10 and not any(reference() is not None for reference in held)
+
+
+def references(distiller: Distiller) -> list[weakref.ref[torch.Tensor]]:
+    """Of the parameters, and of the optimizer's tensors."""
+    tensors = list(distiller.module.parameters())
+    for parameter, state in distiller.engine.basic_optimizer.state.items():
+        tensors += [parameter, *(value for value in state.values() if isinstance(value, torch.Tensor))]
+    return [weakref.ref(tensor) for tensor in tensors]
+
+
+def failing(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
 
 
 def test_weights_have_their_hugging_face_names(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import inputs, ladder, largest_micro_batch, packed_loop, reference_loop, sentence_lengths, throughput
 from benchmarks.inputs import Inputs, Measured
-from benchmarks.ladder import FUSED, LIGER, LOW_PRECISION, OURS, PACKING, REFERENCE, TRL, Settings, Work
+from benchmarks.ladder import FUSED, LIGER, LOW_PRECISION, OURS, PACKING, REFERENCE, TRL, Work
+from benchmarks.ladder_plan import Settings, plan
 from benchmarks.sides import LeftOutError, Ready, Repetition
 from daramgpt import student
 from daramgpt.errors import UserError
@@ -141,18 +142,18 @@ def test_rows_have_their_micro_batch(made: Inputs) -> None:
 
 
 def test_plan_is_the_planners(made: Inputs) -> None:
-    settings = ladder.plan(TINY, made, memory_limit_bytes=4 * 10**9, step_tokens=TINY.step_tokens)
+    settings = plan(TINY, made, memory_limit_bytes=4 * 10**9, step_tokens=TINY.step_tokens)
     assert settings.micro_batch_rows * settings.micro_batches * TINY.context_tokens == TINY.step_tokens
     assert 1 <= settings.reference_chunk_tokens <= TINY.reference_rows * TINY.context_tokens
 
 
 def test_another_ds_config_may_be_planned_for(made: Inputs) -> None:
     for name, dtype in (("cpu", "fp32"), ("cpu-bf16", "bf16")):
-        settings = ladder.plan(TINY, made, 4 * 10**9, TINY.step_tokens, name)
+        settings = plan(TINY, made, 4 * 10**9, TINY.step_tokens, name)
         assert (settings.ds_config, settings.dtype) == (name, dtype)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--ds-config p100-16gb: a CPU has no fast fp16"):
-            ladder.plan(TINY, made, 4 * 10**9, TINY.step_tokens, "p100-16gb")
+            plan(TINY, made, 4 * 10**9, TINY.step_tokens, "p100-16gb")
 
 
 def test_expectation_of_padding_is_exact() -> None:

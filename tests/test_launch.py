@@ -138,9 +138,9 @@ def checkout(tmp_path: Path) -> Checkout:
     (path / "daramgpt").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, path / name)
-    for name in ("__init__.py", "bootstrap.py", "hardware.py", "gpu_table.py"):
+    for name in ("__init__.py", "bootstrap.py", "gpu_table.py"):
         shutil.copy(ROOT / "daramgpt" / name, path / "daramgpt" / name)
-    for name in ("recipes", "ds_configs"):
+    for name in ("hardware", "recipes", "ds_configs"):
         shutil.copytree(ROOT / "daramgpt" / name, path / "daramgpt" / name)
     (path / "daramgpt" / "__main__.py").write_text(COMMANDS)
     binaries = tmp_path / "bin"

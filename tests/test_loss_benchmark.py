@@ -25,6 +25,8 @@ class SideHere:
     def __init__(self, case: Case) -> None:
         if case.name == "trl-gkd":
             raise RefusedError("ImportError: it wants another torch")
+        if case.name == "fused-compiled":
+            raise RefusedError("InvalidCxxCompiler: No working C++ compiler found")
         self.case, self.inputs = case, Inputs.random(case, torch.device("cpu"))
         self.compute = loss_sides.BUILDERS[case.name](self.inputs, case)
         self.value = float(loss_sides._step(self.compute, self.inputs))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from daramgpt.losses import (
     DistillationHead,
     Objective,
     Workspace,
+    compiled,
     distillation_loss,
     distillation_loss_reference,
     softmax,
+    weight_gradient,
 )
 from daramgpt.losses import (
     fused as fused_module,
@@ -70,12 +73,19 @@ def fused(
     chunk_tokens: int = 8,
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
+    is_compiled: bool = False,
 ) -> list[Tensor]:
     """The same by the fused head in `dtype`."""
     hidden, weight = (case[name].to(dtype).clone().requires_grad_() for name in ("student_hidden", "student_weight"))
     teacher = [case[f"teacher_{part}"].to(dtype) for part in ("hidden", "weight", "bias")] if with_teacher else []
     loss, kd, ce = distillation_loss(
-        hidden, weight, case["labels"], *teacher, objective=objective, chunk_tokens=chunk_tokens
+        hidden,
+        weight,
+        case["labels"],
+        *teacher,
+        objective=objective,
+        chunk_tokens=chunk_tokens,
+        is_compiled=is_compiled,
     )
     (loss * scale).backward()
     assert hidden.grad is not None and weight.grad is not None
@@ -136,6 +146,66 @@ def test_row_kernels_bear_low_precision_and_underflow(
     assert_close(fused(case, objective, dtype=torch.bfloat16), reference(rounded, objective), 3e-2)
     apart = {**case, **{n: (40 * case[n]).float().double() for n in ("student_hidden", "teacher_hidden")}}
     assert_close(fused(apart, objective), reference(apart, objective), 3e-5)
+
+
+@pytest.fixture
+def formulas_of_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As they stand, without a compiler, and in blocks of three rows."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(softmax, "COMPILED_BLOCK_ELEMENTS", 3 * V)
+    caches = (compiled._kernel, weight_gradient._compiled)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence}-{o.temperature}")
+def test_formulas_of_the_compiled_form_match_fp64(
+    case: dict[str, Tensor], objective: Objective, formulas_of_the_compiled_form: None
+) -> None:
+    expected = reference(case, objective)
+    assert_close(fused(case, objective, is_compiled=True), expected, 1e-5)
+    assert_close(fused(case, objective, dtype=torch.float64, is_compiled=True), expected, 1e-12)
+    rounded = {n: tensor.bfloat16() if tensor.is_floating_point() else tensor for n, tensor in case.items()}
+    found = fused(case, objective, dtype=torch.bfloat16, is_compiled=True)
+    assert_close(found, reference(rounded, objective), 3e-2)
+    alone = Objective(objective.temperature, 0.0, 1.0)
+    assert_close(fused(case, alone, False, is_compiled=True), reference(case, alone, False), 1e-5)
+
+
+@pytest.mark.skipif("DARAMGPT_COMPILE" not in os.environ, reason="compiles for a minute; set DARAMGPT_COMPILE=1")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_compiled_form_matches_fp64(
+    case: dict[str, Tensor], divergence: Divergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows at a time, and a ragged block: two shapes of one kernel."""
+    monkeypatch.setattr(softmax, "COMPILED_BLOCK_ELEMENTS", 3 * V)
+    torch.compiler.reset()
+    objective = Objective(divergence=divergence)
+    assert_close(fused(case, objective, is_compiled=True), reference(case, objective), 1e-5)
+    rounded = {n: tensor.bfloat16() if tensor.is_floating_point() else tensor for n, tensor in case.items()}
+    found = fused(case, objective, dtype=torch.bfloat16, is_compiled=True)
+    assert_close(found, reference(rounded, objective), 3e-2)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
+def test_low_precision_gradient_of_the_weight_is_summed_in_fp32(num_chunks: int) -> None:
+    """Whatever the number of chunks: from the third on the sum is kept the other way round."""
+    torch.manual_seed(0)
+    workspace, shape = Workspace(), torch.Size((V, D))
+    total = weight_gradient.WeightGradient(shape, torch.bfloat16, torch.device("cpu"), num_chunks, workspace)
+    expected = torch.zeros(shape, dtype=torch.float64)
+    for _ in range(num_chunks):
+        gradient, hidden = torch.randn(8, V).bfloat16(), torch.randn(8, D).bfloat16()
+        total.add(gradient, hidden)
+        # Each product is rounded once.
+        expected += (gradient.float().T @ hidden.float()).bfloat16().double()
+    found = total.scaled(torch.tensor(0.37))
+    assert found.dtype == torch.bfloat16 and found.is_contiguous()
+    torch.testing.assert_close(found, (0.37 * expected).bfloat16(), rtol=2**-7, atol=1e-6)
+    assert (found.double() - 0.37 * expected).norm() / (0.37 * expected).norm() < 2e-3
 
 
 def test_realistic_vocabulary_matches_fp64() -> None:
@@ -285,7 +355,8 @@ def test_logits_of_a_product_that_is_not_rounded(case: dict[str, Tensor], monkey
     expected = reference(rounded, Objective())
     narrow = fused(case, Objective(), dtype=torch.bfloat16)
     monkeypatch.setattr(torch, "mm", wide_product)
-    monkeypatch.setattr(fused_module, "_has_wide_products", lambda device_type, dtype: True)
+    for module in (fused_module, weight_gradient):
+        monkeypatch.setattr(module, "has_wide_products", lambda device_type, dtype: True)
     wide = fused(case, Objective(), dtype=torch.bfloat16)
     for found, value in zip(wide[:3], expected[:3], strict=True):
         torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=0)
@@ -336,8 +407,8 @@ def test_loss_scale_carries_gradients_that_fp16_alone_would_lose(case: dict[str,
     expected = reference(rounded, Objective())
     lost = fused(case, Objective(), dtype=torch.float16, scale=1 / num_tokens)
     kept = fused(case, Objective(), dtype=torch.float16, scale=loss_scale / num_tokens)
-    weight_gradient = kept[4].double() * (num_tokens / loss_scale)
-    assert (weight_gradient - expected[4]).norm() / expected[4].norm() < 1e-2
+    unscaled = kept[4].double() * (num_tokens / loss_scale)
+    assert (unscaled - expected[4]).norm() / expected[4].norm() < 1e-2
     assert (lost[4].double() * num_tokens - expected[4]).norm() / expected[4].norm() > 0.1
 
 

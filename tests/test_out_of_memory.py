@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from failing_ranks import Case, Fault, train_on_ranks
 from tiny_training import BATCH_ROWS, MICRO_ROWS, Training, make_texts
 
-from daramgpt import planner
+from daramgpt import checkpoint, planner
 from daramgpt.checkpoint import newest
-from daramgpt.engine import DistillationModel, Distiller
+from daramgpt.engine import DistillationModel, Distiller, StepOutOfMemoryError
 from daramgpt.errors import UserError
 from daramgpt.ledger import sessions
 from daramgpt.progress import Console
@@ -148,14 +149,65 @@ def test_another_fault_is_not_taken_for_it(texts: Path, tmp_path: Path, monkeypa
     assert [session.reason for session in sessions(training.run.ledger)] == ["failed"]
 
 
-def test_several_ranks_begin_anew_with_the_smaller_one(texts: Path, tmp_path: Path) -> None:
-    training = Training(texts, tmp_path, "cpu")
-    plan = {**training.plan, "world_size": 2, "batch_rows": 24, "micro_batch_rows": 6}
-    with pytest.raises(UserError) as caught:
-        with_less_memory(plan, training.run, Console(), "student", MESSAGE)
-    assert "6 rows" in caught.value.fault and MESSAGE in caught.value.fault and "same command" in caught.value.mend
+STAGES: dict[str, dict[str, Any]] = {
+    "zero-0": {"zero_optimization": {"stage": 0}},
+    "zero-2": {"zero_optimization": {"stage": 2}},
+    "zero-3": ZERO_3,
+}
+# Where no rank waits for another yet. ZeRO-3 gathers parameters from the beginning of the forward pass to the head.
+SHARED = [(stage, place) for stage in STAGES for place in ("teacher", "forward", "head")]
+SHARED.remove(("zero-3", "forward"))
+PASSES = BATCH_ROWS // MICRO_ROWS
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Case, Training]]:
+    """Runs of which one rank fails, by stage and place; and those that began with the smaller micro-batch."""
+    folder, rng = tmp_path_factory.mktemp("ranks"), random.Random(11)
+    for stage, config in STAGES.items():
+        (folder / f"{stage}.json").write_text(json.dumps(config))
+    cases = {}
+    for stage, place in SHARED + [(stage, "") for stage in STAGES]:
+        fault = (
+            Fault(rng.randrange(2), place, rng.randrange(PASSES + 1, 4 * PASSES), MICRO_ROWS // 2) if place else None
+        )
+        rows = MICRO_ROWS if place else MICRO_ROWS // 2
+        cases[stage, place] = Case(str(folder / f"{stage}-{place}"), str(folder / f"{stage}.json"), rows, fault)
+    trainings = train_on_ranks(texts, list(cases.values()), folder)
+    return {key: (case, training) for (key, case), training in zip(cases.items(), trainings, strict=True)}
+
+
+@pytest.mark.parametrize(("stage", "place"), SHARED)
+def test_two_ranks_leave_the_step_together_and_lose_nothing(
+    stage: str, place: str, on_two_ranks: dict[tuple[str, str], tuple[Case, Training]]
+) -> None:
+    case, training = on_two_ranks[stage, place]
+    _, undisturbed = on_two_ranks[stage, ""]
+    assert training.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
+    expected = undisturbed.weights()
+    for name, value in training.weights().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    # No checkpoint was due: the step before the failed one was saved when it failed.
+    assert case.fault is not None
+    failed_step = (case.fault.micro_batch - 1) // PASSES
+    ended = [(session.reason, session.step) for session in sessions(training.run.ledger)]
+    assert ended == [("out of memory", failed_step), ("done", training.plan["num_steps"])]
     frozen = planner.read_plan(training.run)
-    assert frozen is not None and frozen["micro_batch_rows"] == 3
+    assert frozen is not None and frozen["micro_batch_rows"] == MICRO_ROWS // 2
+    assert frozen["batch_rows"] == training.plan["batch_rows"]
+    said = (training.run.path / "said.txt").read_text()
+    assert f"out of memory with {MICRO_ROWS} rows a forward pass" in said
+    assert f"the batch of a step stays {2 * BATCH_ROWS} rows" in said
+
+
+def test_a_rank_that_others_wait_for_asks_to_start_again(texts: Path, tmp_path: Path) -> None:
+    training = Training(texts, tmp_path, "cpu", world_size=2)
+    with pytest.raises(UserError) as caught:
+        with_less_memory(training.plan, training.run, Console(), "student", StepOutOfMemoryError(MESSAGE, False))
+    assert caught.value.fault.startswith(checkpoint.START_AGAIN)
+    assert "4 rows" in caught.value.fault and MESSAGE in caught.value.fault
+    frozen = planner.read_plan(training.run)
+    assert frozen is not None and frozen["micro_batch_rows"] == 2
 
 
 @pytest.mark.parametrize(

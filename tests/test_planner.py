@@ -15,11 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from daramgpt import planner, recipe
 from daramgpt.errors import UserError
-from daramgpt.planner import ModelShape
+from daramgpt.planner import ModelShape, TrainingSetup
 from daramgpt.run_directory import RunDirectory, write_json
 
 TRINITY = ModelShape(n_embd=1920, n_layer=24, vocab_size=51200, num_positions=1024)
 STUDENT = ModelShape(n_embd=768, n_layer=4, vocab_size=51200, num_positions=1024)
+SETUP = TrainingSetup(256, 4096, ModelShape(192, 4, 4096, 256), 1, "fp32", "cpu", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -55,22 +56,17 @@ def test_flops_of_the_reference_run_are_about_2_8_gflop_a_token() -> None:
 
 def make(folder: Path, *overrides: str, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
-        "context_tokens": 256,
-        "vocab_size": 4096,
         "num_rows": 1000,
-        "teacher": ModelShape(192, 4, 4096, 256),
         "memory_limit_bytes": 8 * 10**9,
         "flops_per_second": 1e11,
         "num_threads": 2,
-        "world_size": 1,
-        "dtype": "fp32",
         "teacher_precision": "int8",
-        "ds_config": "cpu",
-        "rates": planner.of_gpu("T4", "fp32"),
+        "rates": lambda step: planner.of_gpu("T4", "fp32"),
         "reasons": {"dtype": "a", "teacher_precision": "b", "ds_config": "c"},
     }
+    settled = {name: changes.pop(name) for name in list(changes) if hasattr(SETUP, name)}
     wanted = recipe.load("quickstart", ["optimizer.batch_tokens=8192", *overrides])
-    return planner.make_plan(wanted, RunDirectory(folder), **given | changes)
+    return planner.make_plan(wanted, RunDirectory(folder), replace(SETUP, **settled), **given | changes)
 
 
 def test_the_plan_is_frozen_and_described(tmp_path: Path) -> None:
@@ -185,7 +181,7 @@ def test_a_plan_without_one_key_names_it(tmp_path: Path) -> None:
 
 def test_the_shape_of_a_teacher_comes_from_its_config(tmp_path: Path) -> None:
     GPT2Config(vocab_size=321, n_positions=40, n_embd=48, n_head=4, n_layer=3).save_pretrained(tmp_path)
-    assert planner.teacher_shape(tmp_path) == ModelShape(48, 3, 321, 40)
+    assert planner.teacher_shape(tmp_path) == ModelShape(48, 3, 321, 40, n_head=4)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"teacher\.model"):
         planner.teacher_shape(tmp_path)
@@ -232,7 +228,29 @@ def test_time_follows_the_work() -> None:
     assert documents["student attention"] == pytest.approx(2 * seconds["student attention"])
 
 
-def test_the_rates_of_this_machine_are_measured() -> None:
-    rates = planner.measure("fp32", torch.device("cpu"))
-    figures = [value for name, value in vars(rates).items() if name != "source"]
-    assert all(math.isfinite(value) and value > 0 for value in figures)
+def test_another_micro_batch_is_predicted_anew(tmp_path: Path) -> None:
+    plan = make(tmp_path, "engine.micro_batch_rows=8")
+    # As a probe leaves it: the micro-batch exchanged, the predictions of another one.
+    other = planner.with_micro_batch(plan, 2)
+    wanted = recipe.load("quickstart", ["optimizer.batch_tokens=8192"])
+    found = planner.predicted_anew(other, wanted, SETUP, 1000, lambda step: planner.of_gpu("T4", "fp32"))
+    assert {key: found[key] for key in other if key != "predicted"} == {
+        key: other[key] for key in other if key != "predicted"
+    }
+    assert found["predicted"] == make(tmp_path, "engine.micro_batch_rows=2")["predicted"]
+    assert found["predicted"]["memory_total_bytes"] < plan["predicted"]["memory_total_bytes"]
+
+
+def test_what_is_printed_of_a_plan_fits_a_terminal(tmp_path: Path) -> None:
+    """Long reasons are wrapped, and a reason not to measure says of which trainings."""
+    reasons = {"dtype": "short", "teacher_precision": "measured: " + "int8 20 ms; " * 20, "ds_config": "c"}
+    plan = {**make(tmp_path, reasons=reasons), "probe": {"reason": "engine.probe is off"}}
+    rows = plan["micro_batch_rows"]
+    trial = {"micro_batch_rows": rows, "tokens_per_second": 1234.5, "hours": 99.9}
+    probed = {**plan, "probe": {"fastest_rows": rows, "largest_rows": 32, "trials": [trial]}}
+    lines: list[str] = []
+    planner.describe({"teacher": plan, "student": probed, "without a teacher": plan}, lines.append)
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "micro-batch not measured (teacher, without a teacher): engine.probe is off"
+    assert f"  measured with {rows} rows: 1,234.5 tokens/s, 99.9 hours" in lines
+    assert reasons["teacher_precision"].split() == " ".join(lines).partition("int8 (")[2].partition(")")[0].split()

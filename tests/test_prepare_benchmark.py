@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import prepare, prepare_sides, process_tree, salted_corpus
+from benchmarks import machine, prepare, prepare_sides, process_tree, salted_corpus
 from daramgpt import corpora, quickstart
 from daramgpt.corpora import Document, ReadReport
 from daramgpt.errors import UserError
@@ -61,7 +61,7 @@ def test_all_keys_are_measured(corpus: Path, tokenizer_dir: Path, tmp_path: Path
     said: list[str] = []
     result = prepare.measure(corpus, tokenizer_dir, tmp_path, num_copies=NUM_COPIES, say=said.append)
     assert not list(tmp_path.iterdir())
-    prepare.write_result(result, tmp_path / "result.json")
+    machine.write_result(result, tmp_path / "result.json")
     written = json.loads((tmp_path / "result.json").read_text())
     for key in (
         "text_megabytes_per_second",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,12 @@ from daramgpt.hardware import GIB, Machine
 from daramgpt.planner import Trial, probe
 from daramgpt.recipe import Shape
 
-PLAN = {"micro_batch_rows": 4, "context_tokens": 16}
+PLAN = {
+    "micro_batch_rows": 4,
+    "batch_rows": 8,
+    "context_tokens": 16,
+    "predicted": {"model_flops_per_token": 1e6, "gemm_flops_per_second": 1e9},
+}
 
 
 def trial(rows: int, speed: float | None) -> Trial:
@@ -82,6 +91,77 @@ def test_a_candidate_that_fails_otherwise_names_its_log(tmp_path: Path, monkeypa
     found = probe.try_in_subprocess([], PLAN, {}, tmp_path / "log")
     assert found.fault is not None and "exit code 1" in found.fault and str(tmp_path / "log") in found.fault
     assert (tmp_path / "log").read_text() == "broken\n"
+
+
+def test_the_time_limit_follows_from_the_arithmetic() -> None:
+    limit = probe.time_limit_seconds(PLAN)
+    # Whatever else: a start, and two steps of 128 tokens at a tenth of what the products alone would allow.
+    assert limit > 300 + 2 * 10 * 0.128
+    slower = {**PLAN, "predicted": {**PLAN["predicted"], "gemm_flops_per_second": 1e6}}  # type: ignore[dict-item]
+    assert probe.time_limit_seconds(slower) > limit + 2 * 10 * (128 - 1)
+
+
+def is_alive(file: Path) -> bool:
+    """Whether the process whose number a file holds is there, and no zombie."""
+    try:
+        return Path(f"/proc/{file.read_text().strip()}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(file: Path) -> bool:
+    """A killed process is there for a moment longer."""
+    deadline = time.monotonic() + 30
+    while is_alive(file) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_alive(file)
+
+
+def test_a_candidate_that_hangs_is_ended_with_all_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 600 &\necho $! >{tmp_path}/child\nwait\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(probe, "time_limit_seconds", lambda plan: 0.5)
+    found = probe.try_in_subprocess([], PLAN, {"PATH": "/bin:/usr/bin"}, tmp_path / "log")
+    assert found.tokens_per_second is None and "no answer" in str(found.fault) and str(tmp_path / "log") in found.fault
+    assert ends(tmp_path / "child")
+
+
+def test_what_a_candidate_leaves_running_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    answer = '{"tokens_per_second": 5.0, "peak_memory_bytes": 7}'
+    python.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >{tmp_path}/child\necho '{answer}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(probe, "time_limit_seconds", lambda plan: 60.0)
+    found = probe.try_in_subprocess([], PLAN, {"PATH": "/bin:/usr/bin"}, tmp_path / "log")
+    assert found == Trial(4, 64, 5.0, 7, None)
+    assert ends(tmp_path / "child")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_planner_that_is_ended_leaves_no_candidate_behind(tmp_path: Path, number: signal.Signals) -> None:
+    python, code = tmp_path / "python", "import sys; from pathlib import Path; from daramgpt.planner import probe"
+    python.write_text(
+        f"#!/bin/sh\necho $$ >{tmp_path}/child.new; mv {tmp_path}/child.new {tmp_path}/child; exec sleep 600\n"
+    )
+    python.chmod(0o755)
+    code += f"; sys.executable = {str(python)!r}; probe.try_in_subprocess([], {PLAN!r}, {{'PATH': '/bin:/usr/bin'}}"
+    code += f", Path({str(tmp_path / 'log')!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    planner_process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "child").exists():
+        assert planner_process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    assert is_alive(tmp_path / "child")
+    planner_process.send_signal(number)
+    planner_process.communicate(timeout=60)
+    assert planner_process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
+    assert ends(tmp_path / "child")
 
 
 @pytest.fixture

@@ -252,13 +252,14 @@ def test_the_kinds_of_optimizer() -> None:
         recipe.load("quickstart", ["optimizer.kind=adam-8bit"])
 
 
-def test_a_divergence_is_named_for_people() -> None:
-    formulas = [
-        recipe.Loss(divergence=kind).divergence_formula for kind in ("forward-kl", "reverse-kl", "jsd", "skew-kl")
-    ]
+def test_the_loss_is_named_for_people() -> None:
+    formulas = [recipe.Loss(divergence=kind).formula for kind in ("forward-kl", "reverse-kl", "jsd", "skew-kl")]
     assert formulas == [
-        "KL(teacher ‖ student)",
-        "KL(student ‖ teacher)",
-        "JSD(teacher, student; β = 0.5)",
-        "KL(teacher ‖ 0.1 · teacher + 0.9 · student)",
+        f"1 · T² · {divergence} at T = 2, + 0.1 · cross-entropy"
+        for divergence in (
+            "KL(teacher ‖ student)",
+            "KL(student ‖ teacher)",
+            "JSD(teacher, student; β = 0.5)",
+            "KL(teacher ‖ 0.1 · teacher + 0.9 · student)",
+        )
     ]

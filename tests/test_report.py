@@ -13,6 +13,7 @@ import pytest
 
 from daramgpt import recipe, report
 from daramgpt.report.chart import MOST_POINTS, Series, Span, line_chart
+from daramgpt.report.page import table
 from daramgpt.run_directory import RunDirectory, write_atomically, write_json
 
 VOID = {"meta", "link", "line", "rect", "polyline", "br", "i"}
@@ -149,6 +150,24 @@ def test_a_spike_and_a_single_point_can_be_drawn(run: RunDirectory) -> None:
     lines = [metrics_line(1, "web-1", math.nan), metrics_line(2, "web-1", 3.0)]
     write_atomically(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     assert "<polyline" in written(run)
+
+
+def test_a_last_step_of_a_few_tokens_is_not_drawn(run: RunDirectory) -> None:
+    def drawn(last_tokens: int) -> int:
+        lines = [metrics_line(step, "web-1", 3.0) for step in range(1, 21)]
+        lines.append({**metrics_line(21, "web-1", 9.0), "tokens": 20_000 + last_tokens})
+        write_atomically(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        points: str = written(run).split('points="')[1].split('"')[0]
+        return len(points.split())
+
+    assert drawn(last_tokens=499) == 20
+    assert drawn(last_tokens=501) == 21
+
+
+def test_names_stand_left_and_figures_right() -> None:
+    cells = [["stage", "corpus", "tokens"], ["web-1", "web", "12"]]
+    assert table(cells, num_left=2).count('class="name"') == 4
+    assert '<td class="name">web</td><td>12</td>' in table(cells, num_left=2)
 
 
 def test_chart_thins_its_points_and_keeps_them_inside() -> None:

@@ -29,11 +29,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from daramgpt import curriculum
 from daramgpt.corpora import Block, plain, reading
-from daramgpt.curriculum import find_corpora, stages, text_bytes
+from daramgpt.curriculum import TextUnits, find_corpora, stages
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe, dump, validate
 from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import Feed, Shards, encode, estimate_stages, preparation, prepare, workers
+from daramgpt.shards import Feed, Shards, encode, estimate_stages, prepare, stages_writer, workers
 from daramgpt.shards import writer as writer_module
 from daramgpt.shards.encode import Encoder, _Shapes
 from daramgpt.shards.estimate import estimate
@@ -207,7 +207,7 @@ def test_any_text_survives(kind: str, tokenizers: dict[str, Path], documents: li
         encoded = encoder.encode(units)
         tokens += [*encoded.token_ids.tolist(), encoder.eos_token_id]
         assert encoded.text_bytes.sum() == len(wanted[-1].encode())
-        assert encoded.unit_bytes.sum() == text_bytes(units)
+        assert encoded.unit_bytes.sum() == TextUnits(tuple(units)).num_bytes
         assert encoded.unit_tokens.sum() == len(encoded.token_ids) and not encoded.unknown_bytes.any()
     assert texts_of(np.array(tokens), encoder.tokenizer, encoder.eos_token_id) == wanted
 
@@ -347,7 +347,7 @@ def test_killed_and_started_again_gives_the_same_shards(
     fatal_call: int, tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run, whole = make_recipe(corpora), RunDirectory(corpora.parent / "run"), RunDirectory(corpora.parent / "o")
-    monkeypatch.setattr(preparation, "_SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(stages_writer, "_SECONDS_BETWEEN_SAVES", -1.0)
     calls: list[str] = []
     encode_block = workers.encode_block
 
@@ -388,7 +388,7 @@ def test_killed_where_a_stage_ends(
     fatal_note: int, is_written: bool, tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run, whole = make_recipe(corpora), RunDirectory(corpora.parent / "run"), RunDirectory(corpora.parent / "o")
-    note, notes = preparation.write_json, list[Path]()
+    note, notes = stages_writer.write_json, list[Path]()
 
     def fatal(path: Path, data: Any) -> None:
         if path.name == "progress.json":
@@ -400,7 +400,7 @@ def test_killed_where_a_stage_ends(
         note(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "write_json", fatal)
+        patch.setattr(stages_writer, "write_json", fatal)
         with pytest.raises(KeyboardInterrupt):
             prepare(recipe, run, tokenizers["metaspace"], CONTEXT_TOKENS, lambda line: None)
     for each in (run, whole):
@@ -425,18 +425,18 @@ def test_workers_have_the_next_corpus_before_a_stage_is_finished(
     tokenizers: dict[str, Path], corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    submit, finish = workers.Workers.submit, preparation.StreamWriter.finish
+    submit, finish = workers.Workers.submit, writer_module.StreamWriter.finish
 
     def noting_submit(self: workers.Workers, block: Block, *arguments: Any) -> Any:
         events.append(block.source)
         return submit(self, block, *arguments)
 
-    def noting_finish(self: preparation.StreamWriter) -> Any:
+    def noting_finish(self: writer_module.StreamWriter) -> Any:
         events.append("finish")
         return finish(self)
 
     monkeypatch.setattr(workers.Workers, "submit", noting_submit)
-    monkeypatch.setattr(preparation.StreamWriter, "finish", noting_finish)
+    monkeypatch.setattr(writer_module.StreamWriter, "finish", noting_finish)
     # All of web, whose last blocks are still with the workers when wiki begins, then some of wiki.
     listed = [
         {"name": corpus, "corpus": corpus, "take": take, "unit": "sentence"}
@@ -456,8 +456,8 @@ import sys
 from pathlib import Path
 from daramgpt import recipe
 from daramgpt.run_directory import RunDirectory
-from daramgpt.shards import preparation, prepare
-preparation._SECONDS_BETWEEN_SAVES = 0.05
+from daramgpt.shards import prepare, stages_writer
+stages_writer._SECONDS_BETWEEN_SAVES = 0.05
 if __name__ == "__main__":
     print("ready", flush=True)
     prepare(recipe.load(sys.argv[1]), RunDirectory(Path(sys.argv[2])), Path(sys.argv[3]), 64, lambda line: None)

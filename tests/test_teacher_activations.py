@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_the_joined_product_is_the_separate_one(folder: Path, monkeypatch: pytes
     assert (identities(joined), identities(separate)) == (2, 0)
     expected = hidden_states(separate)
     assert (hidden_states(joined) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.skipif(not activations._has_kernels(torch.bfloat16), reason="this CPU has no bf16 products of oneDNN")
+def test_every_product_in_bf16_is_onednns_and_the_same_to_rounding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = hidden_states(teacher.load(folder, "int8", torch.float32))
+    joined = teacher.load(folder, "int8", torch.bfloat16)
+    products = [module.product for module in joined.model.modules() if hasattr(module, "product")]
+    assert products and all(isinstance(product, partial) for product in products)
+    monkeypatch.setattr(activations, "_has_kernels", lambda dtype: False)
+    separate = teacher.load(folder, "int8", torch.bfloat16)
+    errors = [(hidden_states(loaded) - expected).norm() / expected.norm() for loaded in (joined, separate)]
+    assert errors[0] < 1.1 * errors[1] < 2e-2
 
 
 @ONEDNN

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks import teacher, teacher_sides, teacher_tokens
+from benchmarks import teacher, teacher_agreement, teacher_sides, teacher_tokens
 from benchmarks.teacher_sides import Configuration, Loaded
 from daramgpt import corpora, quickstart
 from daramgpt import teacher as teachers
@@ -90,7 +90,7 @@ def sides_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_are_those_of_a_plain_computation(
     corpus: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(teacher, "CHUNK_TOKENS", 50)
+    monkeypatch.setattr(teacher_agreement, "CHUNK_TOKENS", 50)
     # Two batches, and chunks that divide neither.
     monkeypatch.setattr(teacher_tokens, "BATCH_TOKENS", 3 * ROW_TOKENS)
     arguments = ["--teacher", str(teacher_dir), "--corpus", str(corpus), "--tokens", str(NUM_TOKENS)]
@@ -149,10 +149,10 @@ def test_batches_hold_the_tokens_asked_for() -> None:
 
 
 def test_a_row_that_is_not_finite_has_no_figure() -> None:
-    sums = teacher.Sums(seconds=[8.0, 2.0, 4.0])
-    head = teacher.Head(torch.eye(3), None)
+    sums = teacher_agreement.Sums(seconds=[8.0, 2.0, 4.0])
+    head = teacher_agreement.Head(torch.eye(3), None)
     hidden = torch.randn(30, 3)
-    teacher.compare([hidden, hidden * math.nan], [head, head], [teacher.Sums(), sums])
+    teacher_agreement.compare([hidden, hidden * math.nan], [head, head], [teacher_agreement.Sums(), sums])
     row = teacher.row_of(Configuration("int8", "int8", "bf16"), Loaded(100, 60, 80, None), sums)
     assert row["kl_to_fp32"] is None and row["top1_agreement"] is None
     # The first batch is a warm-up.

@@ -128,15 +128,9 @@ def test_a_measurement_is_of_every_candidate_and_leaves_the_random_state_alone()
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def chosen_by_the_planner(machine: Machine, *overrides: str, **changes: object) -> tuple[str, str]:
-    given: dict[str, object] = {
-        "dtype": "fp32",
-        "teacher": TRINITY,
-        "context_tokens": 1024,
-        "vocab_size": 51200,
-        "world_size": 1,
-    }
-    return planner.choose_teacher_precision(recipe.load("daramgpt", list(overrides)), machine, **given | changes)  # type: ignore[arg-type]
+def chosen_by_the_planner(machine: Machine, *overrides: str, dtype: str = "fp32") -> tuple[str, str]:
+    setup = planner.TrainingSetup(1024, 51200, TRINITY, 1, dtype, hardware.choose(machine).ds_config, machine.device)
+    return planner.choose_teacher_precision(recipe.load("daramgpt", list(overrides)), machine, setup)
 
 
 def test_what_does_not_fit_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +173,7 @@ def test_a_run_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(planner, "choose_teacher_precision", measured)
     monkeypatch.setattr(planner, "gemm_rate", lambda *_: 1e11)
-    monkeypatch.setattr(commands, "_shards", lambda run: Shards())
+    monkeypatch.setattr(commands, "open_shards", lambda run: Shards())
     monkeypatch.setattr(hardware, "detect", lambda: CPU)
     run = RunDirectory(tmp_path / "auto")
     auto = recipe.load("quickstart", ["teacher.precision=auto"])

@@ -15,7 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import machine, reference_loop, sentence_lengths, throughput, throughput_result
 from benchmarks.inputs import SHAPES
-from benchmarks.ladder import Settings, Work
+from benchmarks.ladder import Work
+from benchmarks.ladder_plan import Settings
 from benchmarks.sides import Repetition
 from benchmarks.throughput_result import Measurement
 from daramgpt import planner

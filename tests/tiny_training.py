@@ -15,7 +15,7 @@ import torch
 from daramgpt import ds_config as ds_configs
 from daramgpt import student, train
 from daramgpt.checkpoint import newest
-from daramgpt.planner import ModelShape, make_plan
+from daramgpt.planner import TrainingSetup, make_plan, recipe_shape
 from daramgpt.progress import Console
 from daramgpt.recipe import Recipe, Shape, validate
 from daramgpt.run_directory import RunDirectory
@@ -48,6 +48,7 @@ class Training:
         ds_config: name or file.
         shape: of the student.
         every_minutes: between checkpoints.
+        world_size: ranks of the plan, each of which makes the same object in its own process.
         engine: further keys of the recipe's section.
     """
 
@@ -58,6 +59,7 @@ class Training:
         ds_config: str,
         shape: Shape = STUDENT_SHAPE,
         every_minutes: float = 15.0,
+        world_size: int = 1,
         **engine: Any,
     ) -> None:
         self.run = RunDirectory(folder / "run")
@@ -71,7 +73,7 @@ class Training:
                 },
                 "teacher": {"model": "not-read-here"},
                 "student": shape.model_dump(),
-                "optimizer": {"batch_tokens": BATCH_ROWS * CONTEXT, "learning_rate": 3e-3},
+                "optimizer": {"batch_tokens": BATCH_ROWS * world_size * CONTEXT, "learning_rate": 3e-3},
                 "engine": {"micro_batch_rows": MICRO_ROWS, **engine},
                 "checkpoint": {"every_minutes": every_minutes},
             },
@@ -83,17 +85,20 @@ class Training:
         self.plan = make_plan(
             self.recipe,
             self.run,
-            context_tokens=CONTEXT,
-            vocab_size=vocab_size,
+            TrainingSetup(
+                context_tokens=CONTEXT,
+                vocab_size=vocab_size,
+                teacher=recipe_shape(TEACHER_SHAPE, vocab_size, CONTEXT),
+                world_size=world_size,
+                dtype=ds_configs.dtype(ds_configs.load(ds_config)),
+                ds_config=ds_config,
+                device="cpu",
+            ),
+            teacher_precision="fp32",
             num_rows=self.shards.num_rows,
-            teacher=ModelShape(TEACHER_SHAPE.n_embd, TEACHER_SHAPE.n_layer, vocab_size, CONTEXT),
+            num_threads=1,
             memory_limit_bytes=10**9,
             flops_per_second=1e9,
-            num_threads=1,
-            world_size=1,
-            dtype=ds_configs.dtype(ds_configs.load(ds_config)),
-            teacher_precision="fp32",
-            ds_config=ds_config,
             reasons={},
         )
         model = student.build(TEACHER_SHAPE, vocab_size, CONTEXT, self.shards.eos_token_id, seed=2).eval()

@@ -45,6 +45,7 @@ def packages() -> Iterator[Check]:
         if parse_version(version) < parse_version(floor):
             mend = pip_install(f"{name}>={floor}")
             yield Check("packages", "blocked", f"{name} {version} is older than {floor}; {mend}")
+            continue
         found.append(f"{name} {version}")
     yield Check("packages", "ok", ", ".join(found))
 

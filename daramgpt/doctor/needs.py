@@ -13,7 +13,7 @@ from daramgpt import ds_config as ds_configs
 from daramgpt import hardware, planner
 from daramgpt.doctor.finding import Check
 from daramgpt.errors import UserError
-from daramgpt.hardware import GIB, Machine
+from daramgpt.hardware import GIB, LLM_INT8_FROM, Machine
 from daramgpt.recipe import Recipe, Shape
 from daramgpt.run_directory import RunDirectory
 
@@ -48,6 +48,7 @@ def alternatives(recipe: Recipe, run: RunDirectory, machine: Machine) -> tuple[s
 
 
 def ds_config(recipe: Recipe, machine: Machine) -> Check:
+    """Whether the configuration can be read, and the machine has its precision."""
     choices = hardware.choose(machine)
     name = recipe.engine.ds_config
     if name == "auto":
@@ -63,13 +64,14 @@ def ds_config(recipe: Recipe, machine: Machine) -> Check:
 
 
 def teacher(recipe: Recipe, run: RunDirectory, machine: Machine) -> Iterator[Check]:
+    """Whether the machine has the teacher's precision, and there is a model where the recipe says; none is loaded."""
     if recipe.teacher is None:
         return
     choice = alternatives(recipe, run, machine)
     precision = choice[0] if len(choice) == 1 else f"the best of {', '.join(choice)}, which plan measures"
-    if precision == "llm-int8" and machine.capability is not None and machine.capability < (7, 5):
-        major, minor = machine.capability
-        text = f"llm-int8 needs compute capability 7.5, this GPU has {major}.{minor}; --set teacher.precision=int8"
+    if precision == "llm-int8" and machine.capability is not None and machine.capability < LLM_INT8_FROM:
+        needed, found = (".".join(map(str, capability)) for capability in (LLM_INT8_FROM, machine.capability))
+        text = f"llm-int8 needs compute capability {needed}, this GPU has {found}; --set teacher.precision=int8"
         yield Check("teacher", "blocked", text)
         return
     if precision in ("fp16", "bf16") and (fault := hardware.dtype_fault(machine, precision)):
@@ -92,6 +94,7 @@ def teacher(recipe: Recipe, run: RunDirectory, machine: Machine) -> Iterator[Che
 
 
 def corpora(recipe: Recipe) -> Iterator[Check]:
+    """Whether every corpus of the recipe is there."""
     if recipe.corpus.dir is None and recipe.reads_files():
         if recipe.corpus.made_megabytes is None:
             yield Check("corpus", "blocked", "no corpus folder is given; add --corpus DIR")
@@ -113,6 +116,7 @@ def corpora(recipe: Recipe) -> Iterator[Check]:
 
 
 def disk(recipe: Recipe, run: RunDirectory) -> Check:
+    """Whether the run directory can be written, and has room for all of the run."""
     folder = next(parent for parent in (run.path.absolute(), *run.path.absolute().parents) if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check("disk", "blocked", f"{folder} cannot be written; choose another run directory with --run")

@@ -5,26 +5,32 @@ The teacher stays outside: the engine casts, moves and shards whatever it wraps.
 A step leaves the device to itself: kernels are queued without waiting, and the host reads one small tensor at the end,
 with the losses, the gradient norm and what the ranks have to agree on. DeepSpeed's own waits are what its configuration
 asks for: in fp16 and fp32 it looks for overflow once a step, with an offloaded optimizer it fetches the gradients and
-their norms, and with overlap_comm it waits for the GPU before every reduction.
+their norms, and with overlap_comm it waits for the GPU after every backward pass.
+
+Before each backward pass the processes of several ranks ask each other, without their devices, whether one has run out
+of memory: a rank that fails where no other waits for it takes them all out of the step, with nothing lost. Where others
+may wait already, in a backward pass, in the optimizer, and where ZeRO-3 gathers parameters, they cannot be called back.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from pydantic import ValidationError
 
+from daramgpt import ds_config as ds_configs
 from daramgpt.attention import Documents
-from daramgpt.ds_config import offloads
-from daramgpt.engine.module import DistillationModel
+from daramgpt.engine.module import DistillationModel, consecutive_positions
 from daramgpt.engine.optimizer import client_optimizer
-from daramgpt.engine.ranks import import_deepspeed, join_ranks
-from daramgpt.engine.state import EngineState
+from daramgpt.engine.out_of_memory import StepOutOfMemoryError, is_out_of_memory
+from daramgpt.engine.ranks import Hosts, import_deepspeed, join_ranks
+from daramgpt.engine.state import EngineState, forget_modules
 from daramgpt.errors import UserError
 from daramgpt.recipe import Loss, Optimizer
 
@@ -33,7 +39,17 @@ if TYPE_CHECKING:
 
     from daramgpt.teacher import Teacher
 
-__all__ = ["DistillationModel", "Distiller", "StepResult", "import_deepspeed", "join_ranks"]
+__all__ = [
+    "DistillationModel",
+    "Distiller",
+    "StepOutOfMemoryError",
+    "StepResult",
+    "import_deepspeed",
+    "is_out_of_memory",
+    "join_ranks",
+]
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Distiller:
         teacher: None trains by plain cross-entropy.
         log: file that takes what DeepSpeed prints.
         document_start_id: token that begins a document, where no model is to look across documents; None lets them.
+        loss_is_compiled: its softmax arithmetic by torch.compile.
 
     Attributes:
         is_intact: False from the moment the optimizer begins to move until the step's result is there: what a fault
@@ -88,12 +105,14 @@ class Distiller:
         teacher: Teacher | None,
         log: Path,
         document_start_id: int | None = None,
+        loss_is_compiled: bool = False,
     ) -> None:
         deepspeed = join_ranks(log)
         self.teacher, self.document_start_id = teacher, document_start_id
-        self.module = DistillationModel(student, loss, chunk_tokens)
+        self.module = DistillationModel(student, loss, chunk_tokens, loss_is_compiled)
         self.is_intact = True
-        self._micro_batches = micro_batches
+        self._micro_batches, self._is_in_head = micro_batches, False
+        self._gathers = ds_config.get("zero_optimization", {}).get("stage") == 3
         config = {
             # DeepSpeed's timer waits for the GPU before and after every forward pass.
             "timers": {"throughput": {"enabled": False}},
@@ -104,11 +123,13 @@ class Distiller:
             "gradient_clipping": optimizer.clip_norm,
             "steps_per_print": 2**31,
         }
+        if int(os.environ["WORLD_SIZE"]) == 1:
+            config = ds_configs.for_one_rank(config)
         if optimizer.kind == "adamw-8bit":
             # DeepSpeed lets only the optimizers of its own list under ZeRO, unless told to.
             config["zero_allow_untested_optimizer"] = True
         self.half = config.get("fp16", {}).get("enabled") is True
-        client = client_optimizer(self.module, optimizer, offloads(ds_config, "optimizer"))
+        client = client_optimizer(self.module, optimizer, ds_configs.offloads(ds_config, "optimizer"))
         try:
             self.engine, *_ = deepspeed.initialize(model=self.module, optimizer=client, config=config)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
@@ -121,6 +142,9 @@ class Distiller:
         self.device, self.dtype = self.engine.device, next(self.module.parameters()).dtype
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.is_first = self.rank == 0
+        self._hosts = Hosts(self.world_size)
+        # After DeepSpeed's own: by then it has asked the other ranks for all that a forward pass needs of them.
+        self.module.head.register_forward_pre_hook(self._enter_head)
 
     def step(
         self,
@@ -132,19 +156,27 @@ class Distiller:
         """One optimizer step.
 
         Args:
-            batches: this rank's micro-batches: [b, T] ids and labels; on any device, moved to the engine's.
+            batches: this rank's micro-batches, as many as the engine was made for: [b, T] ids and labels; on any
+                device, moved to the engine's.
             num_targets: labels that are not ignored, of the whole step over all ranks.
             learning_rate: of this step.
             flags: called when all of the step is queued; its answers are put together over the ranks. As many on
                 every rank.
+
+        Raises:
+            StepOutOfMemoryError: a forward pass ran out of memory, and nothing has moved.
+            RuntimeError: of the allocator, in a backward pass or the optimizer; other ranks may wait for this one.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         sums = torch.zeros(2, device=self.device)
         norm: Any = None
-        for micro, (input_ids, labels) in enumerate(batches, 1):
-            input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-            sums += self._backward(input_ids, labels, num_targets)
+        rows = iter(batches)
+        for micro in range(1, self._micro_batches + 1):
+            loss_sum, kd_sum, ce_sum = self._losses(rows)
+            # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
+            self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)
+            sums += torch.stack([kd_sum.detach(), ce_sum.detach()]).float()
             if micro == self._micro_batches:
                 norm = self._own_grad_norm()
                 self.is_intact = False
@@ -154,23 +186,64 @@ class Distiller:
         self.is_intact = True
         return result
 
-    def _backward(self, input_ids: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:
-        """Gradients of one micro-batch; [2] sums of kd and ce over its targets."""
+    def _losses(self, rows: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Sums over the targets of the next micro-batch, of loss, kd and ce; on every rank, or on none.
+
+        The peak of memory is in here: the fused loss has its gradients when the forward pass ends. And of the backward
+        pass, in which ranks wait for each other, nothing has begun.
+        """
+        self._is_in_head = False
+        if not self._gathers:
+            return self._on_all_ranks(lambda: self._forward(*self._inputs(rows)))
+        # ZeRO-3 gathers parameters all along the student's forward pass, up to the head.
+        inputs = self._on_all_ranks(lambda: self._inputs(rows))
+        return self._on_all_ranks(lambda: self._forward(*inputs), lambda: self._is_in_head)
+
+    def _on_all_ranks(self, work: Callable[[], _Found], is_alone: Callable[[], bool] = lambda: True) -> _Found:
+        """What `work` gives, once every rank has it.
+
+        Args:
+            work: part of a step.
+            is_alone: whether, when it has failed, no other rank is waiting for this one.
+
+        Raises:
+            StepOutOfMemoryError: a rank ran out of memory.
+        """
+        fault, found = None, None
+        try:
+            with consecutive_positions():
+                found = work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fault = str(error).splitlines()[0]
+        # Not in the handler: what is raised there would hold the allocator's error, and so the tensors of the pass.
+        if fault is not None and self.world_size > 1 and not is_alone():
+            raise StepOutOfMemoryError(fault, is_shared=False)
+        if self._hosts.any(fault is not None):
+            raise StepOutOfMemoryError(fault or "on another rank", is_shared=True)
+        return cast(_Found, found)
+
+    def _enter_head(self, *_: Any) -> None:
+        self._is_in_head = True
+
+    def _forward(self, arguments: tuple[Any, ...], model_inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        sums: tuple[torch.Tensor, ...] = self.engine(*arguments, **model_inputs)
+        return sums
+
+    def _inputs(
+        self, rows: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+        """Arguments of `DistillationModel.forward` for the next micro-batch."""
+        input_ids, labels = (tensor.to(self.device) for tensor in next(rows))
         teacher, documents, model_inputs = self.teacher, None, {}
         if self.document_start_id is not None:
             documents = Documents(input_ids, self.document_start_id)
             model_inputs = documents.model_inputs(self.dtype)
-        loss_sum, kd_sum, ce_sum = self.engine(
-            input_ids,
-            labels,
-            teacher.hidden_states(input_ids, documents) if teacher else None,
-            teacher.head_weight if teacher else None,
-            teacher.head_bias if teacher else None,
-            **model_inputs,
-        )
-        # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
-        self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)
-        return torch.stack([kd_sum.detach(), ce_sum.detach()]).float()
+        if teacher is None:
+            return (input_ids, labels), model_inputs
+        hidden = teacher.hidden_states(input_ids, documents)
+        return (input_ids, labels, hidden, teacher.head_weight, teacher.head_bias), model_inputs
 
     def _own_grad_norm(self) -> torch.Tensor | None:
         """Norm of the gradients before the step, where no ZeRO stage computes it: then clipping changes them first."""
@@ -199,11 +272,11 @@ class Distiller:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; every rank calls it, outside of steps."""
-        if self.world_size == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        torch.distributed.all_reduce(value)
-        return bool(value.item())
+        return self._hosts.any(flag)
+
+    def is_same_on_all_ranks(self, number: int) -> bool:
+        """Whether all ranks give the same number; every rank calls it, outside of steps."""
+        return self._hosts.have_same(number)
 
     def loss_scaler(self) -> dict[str, Any]:
         """State of the dynamic loss scale; empty where there is none."""
@@ -236,6 +309,10 @@ class Distiller:
             vars(self.engine.optimizer.loss_scaler).update(loss_scaler)
 
     def close(self) -> None:
-        """Free the engine, so that another can follow in this process."""
+        """Free the engine and the student, so that others can follow in this process."""
         self.engine.destroy()
-        del self.engine, self._state
+        self._hosts.close()
+        forget_modules(self.module)
+        del self.engine, self._state, self.module
+        # What an engine holds refers to itself in circles: without this it would be there when the next one is built.
+        gc.collect()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +23,7 @@ class DistillationModel(nn.Module):
     for the module whose forward uses it.
     """
 
-    def __init__(self, student: GPT2LMHeadModel, loss: Loss, chunk_tokens: int) -> None:
+    def __init__(self, student: GPT2LMHeadModel, loss: Loss, chunk_tokens: int, loss_is_compiled: bool = False) -> None:
         super().__init__()
         self.transformer = student.transformer
         self.head = DistillationHead(
@@ -35,6 +37,7 @@ class DistillationModel(nn.Module):
                 skew_alpha=loss.skew_alpha,
             ),
             chunk_tokens=chunk_tokens,
+            is_compiled=loss_is_compiled,
         )
 
     def forward(
@@ -55,3 +58,24 @@ class DistillationModel(nn.Module):
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.flatten(0, 1)
         return self.head(hidden_BTD.flatten(0, 1), labels.flatten(), teacher_hidden, teacher_weight, teacher_bias)
+
+
+@contextlib.contextmanager
+def consecutive_positions() -> Iterator[None]:
+    """Have transformers take positions without a mask for those of one text a row, in the forward passes in here.
+
+    It would look at them for several texts a row, and wait for the GPU to see: once a forward pass of each model. Rows
+    without a mask always have their default positions.
+    """
+    from transformers import masking_utils
+
+    # No public name: another release may look in another way, or not at all.
+    original = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if original is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

@@ -53,6 +53,45 @@ def join_ranks(log: Path) -> Any:
     return deepspeed
 
 
+class Hosts:
+    """The processes of all ranks, which agree on something without their devices.
+
+    A group of its own, on the CPU: what it says is known without waiting for a GPU, and does not go between the
+    collectives of the training. Two processes on two cores take 0.2 ms.
+
+    Args:
+        world_size: ranks; every one makes it at the same time.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._group = torch.distributed.new_group(backend="gloo") if world_size > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank calls it."""
+        if self._group is None:
+            return flag
+        return self._largest([int(flag)]) == [1]
+
+    def have_same(self, number: int) -> bool:
+        """Whether all ranks give the same number; every rank calls it."""
+        if self._group is None:
+            return True
+        most, least = self._largest([number, -number])
+        return most == -least
+
+    def _largest(self, numbers: list[int]) -> list[int]:
+        """Of each number over the ranks."""
+        values = torch.tensor(numbers)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._group)
+        return [int(number) for number in values.tolist()]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+            self._group = None
+
+
 class _LogStream(io.TextIOBase):
     """A text stream that appends to a file by its path, so that it stays usable for as long as a logger keeps it."""
 

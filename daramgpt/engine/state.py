@@ -7,6 +7,7 @@ out what a stage has flattened and split; what no stage has touched is read wher
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getclosurevars, isfunction
 from typing import Any
 
 import torch
@@ -134,3 +135,21 @@ class EngineState:
             for state in self._engine.basic_optimizer.state.values():
                 change(state)
             self._link()
+
+
+def forget_modules(module: nn.Module) -> None:
+    """Take an engine's module, and those inside it, from where DeepSpeed's ZeRO-3 keeps modules for ever.
+
+    By their hooks they hold the whole engine: weights, moments, gradients. One place is a list of the modules at work,
+    with the outermost one of every engine, and after a forward pass that has failed more of them. The other is a cache
+    of a method, whose keys are modules; it fills anew for an engine that goes on.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    stack, ours = parameter_offload.FWD_MODULE_STACK, set(module.modules())
+    stack[:] = [other for other in stack if other not in ours]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    method = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for wrapped in getclosurevars(method).nonlocals.values() if isfunction(method) else ():
+        if hasattr(wrapped, "cache_clear"):
+            wrapped.cache_clear()

@@ -20,9 +20,9 @@ Shapes: N tokens, V vocabulary, D width of the student, Dt width of the teacher,
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +31,12 @@ from torch.autograd.function import once_differentiable
 
 from daramgpt.losses.objective import IGNORED_LABEL, Objective, softmax_dtype
 from daramgpt.losses.softmax import softmax_arithmetic
+from daramgpt.losses.weight_gradient import WeightGradient, has_wide_products, scale_
 from daramgpt.losses.workspace import Workspace
 
 # Rows of a low-precision product with the head's V rows as its inner dimension: oneDNN takes 24 ms for 512 rows of
 # D = 768 with AMX, 90 ms for 1,024.
 CPU_DEEP_PRODUCT_ROWS = 512
-# Elements of the weight's gradient that are widened and added at a time on a CPU, in its cache.
-CPU_SUM_ELEMENTS = 2**18
 
 
 class DistillationHead(torch.nn.Module):
@@ -50,16 +49,23 @@ class DistillationHead(torch.nn.Module):
         weight: [V, D].
         objective: what is minimised.
         chunk_tokens: C; more makes larger products and takes 2 · C · V elements of the hidden states' dtype.
+        is_compiled: as of `distillation_loss`.
     """
 
     def __init__(
-        self, weight: torch.nn.Parameter, *, objective: Objective | None = None, chunk_tokens: int = 1024
+        self,
+        weight: torch.nn.Parameter,
+        *,
+        objective: Objective | None = None,
+        chunk_tokens: int = 1024,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__()
         assert chunk_tokens >= 1, f"chunk_tokens {chunk_tokens}"
         self.weight = weight
         self.objective = objective or Objective()
         self.chunk_tokens = chunk_tokens
+        self.is_compiled = is_compiled
         self.workspace = Workspace()
 
     def forward(
@@ -81,6 +87,7 @@ class DistillationHead(torch.nn.Module):
             objective=self.objective,
             chunk_tokens=self.chunk_tokens,
             workspace=self.workspace,
+            is_compiled=self.is_compiled,
         )
 
 
@@ -95,6 +102,7 @@ def distillation_loss(
     objective: Objective,
     chunk_tokens: int = 1024,
     workspace: Workspace | None = None,
+    is_compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss sum, its divergence term and its cross-entropy term over the target tokens, logits never whole.
 
@@ -108,6 +116,7 @@ def distillation_loss(
         objective: divergence, temperature and weights.
         chunk_tokens: tokens that are taken at a time.
         workspace: buffers to reuse over calls.
+        is_compiled: the softmax arithmetic by torch.compile, which needs Triton or a C++ compiler.
 
     Returns:
         loss = kd_weight · kd + ce_weight · ce, kd (T² included), ce: scalars, sums over the target tokens, in nats,
@@ -118,14 +127,22 @@ def distillation_loss(
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight, teacher_bias)
-    workspace = workspace or Workspace()
+    way = _Way(objective, chunk_tokens, workspace or Workspace(), is_compiled)
     if torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad):
-        results = _FusedHead.apply(student_hidden, student_weight, labels, teacher, objective, chunk_tokens, workspace)
+        results = _FusedHead.apply(student_hidden, student_weight, labels, teacher, way)
         return results[0], results[1], results[2]
-    kd, ce, _, _ = _run_chunks(
-        student_hidden, student_weight, labels, teacher, objective, chunk_tokens, workspace, (False, False)
-    )
+    kd, ce, _, _ = _run_chunks(student_hidden, student_weight, labels, teacher, way, (False, False))
     return objective.kd_weight * kd + objective.ce_weight * ce, kd, ce
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the chunks are gone through: `distillation_loss` has the meaning of each."""
+
+    objective: Objective
+    chunk_tokens: int
+    workspace: Workspace
+    is_compiled: bool
 
 
 class _FusedHead(torch.autograd.Function):
@@ -138,16 +155,12 @@ class _FusedHead(torch.autograd.Function):
         weight_VD: Tensor,
         labels_N: Tensor,
         teacher: tuple[Tensor, Tensor, Tensor | None] | None,
-        objective: Objective,
-        chunk_tokens: int,
-        workspace: Workspace,
+        way: _Way,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kd, ce, *gradients = _run_chunks(
-            hidden_ND, weight_VD, labels_N, teacher, objective, chunk_tokens, workspace, ctx.needs_input_grad[:2]
-        )
-        ctx.gradients, ctx.dtypes = gradients, (hidden_ND.dtype, weight_VD.dtype)
+        kd, ce, *gradients = _run_chunks(hidden_ND, weight_VD, labels_N, teacher, way, ctx.needs_input_grad[:2])
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(kd, ce)
-        return objective.kd_weight * kd + objective.ce_weight * ce, kd, ce
+        return way.objective.kd_weight * kd + way.objective.ce_weight * ce, kd, ce
 
     @staticmethod
     @once_differentiable
@@ -155,26 +168,14 @@ class _FusedHead(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the fused head's gradients were handed over by an earlier backward")
         # Handed over rather than kept: autograd then adopts them as .grad without a copy.
-        gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                _scale(gradient, grad_output)
-        cast = [
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        del gradients
-        return cast[0], cast[1], None, None, None, None, None
-
-
-def _scale(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply in place by a scalar that is never rounded to a low-precision gradient's dtype."""
-    if factor.device.type == "cpu":
-        if factor.item() != 1.0:
-            gradient.mul_(factor.item())
-    else:
-        # Asking a GPU for the factor would make the host wait. Of one dimension, it takes part in type promotion.
-        torch.mul(gradient, factor.view(1), out=gradient)
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        return (
+            None if grad_hidden is None else scale_(grad_hidden, grad_output),
+            None if grad_weight is None else grad_weight.scaled(grad_output),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.no_grad()
@@ -183,23 +184,24 @@ def _run_chunks(
     weight_VD: Tensor,
     labels_N: Tensor,
     teacher: tuple[Tensor, Tensor, Tensor | None] | None,
-    objective: Objective,
-    chunk_tokens: int,
-    workspace: Workspace,
+    way: _Way,
     needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, WeightGradient | None]:
     """kd and ce sums, and the unnormalised gradients of hidden states and weight where needed, else None.
 
-    The gradient of a low-precision weight is summed over chunks, and returned, in fp32; that of the hidden states has
-    one chunk to a row and is in their dtype.
+    The gradient of the weight is a sum over chunks, that of the hidden states has one chunk to a row.
     """
     dtype, device, vocab_size = hidden_ND.dtype, hidden_ND.device, len(weight_VD)
-    wide = softmax_dtype(dtype)
+    objective, workspace = way.objective, way.workspace
     logits_dtype = _logits_dtype(hidden_ND)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     grad_hidden = torch.zeros_like(hidden_ND) if needs[0] else None
-    grad_weight: Tensor | None = None
-    for chunk in _chunks(labels_N, chunk_tokens):
+    grad_weight = None
+    if needs[1]:
+        num_chunks = -(-len(labels_N) // way.chunk_tokens)
+        # Of the weight no more than this is kept: under ZeRO-3 it is here for the forward alone.
+        grad_weight = WeightGradient(weight_VD.shape, weight_VD.dtype, device, num_chunks, workspace, way.is_compiled)
+    for chunk in _chunks(labels_N, way.chunk_tokens):
         hidden_CD, num_rows = hidden_ND[chunk], len(labels_N[chunk])
         student_CV = workspace.take("student", num_rows, vocab_size, logits_dtype, device)
         _scaled_logits(student_CV, hidden_CD, weight_VD, None, objective.temperature)
@@ -213,14 +215,14 @@ def _run_chunks(
             name = "student" if logits_dtype == dtype else "gradient"
             grad_CV = workspace.take(name, num_rows, vocab_size, dtype, device)
         # fp64 costs nothing on the few sums and keeps them independent of the chunk size.
-        sums += softmax_arithmetic(student_CV, teacher_CV, labels_N[chunk], objective, grad_CV, workspace)
+        sums += softmax_arithmetic(
+            student_CV, teacher_CV, labels_N[chunk], objective, grad_CV, workspace, way.is_compiled
+        )
         if grad_CV is not None and grad_hidden is not None:
             _deep_product(grad_CV, weight_VD, grad_hidden[chunk])
-        if grad_CV is not None and needs[1]:
-            grad_weight = _weight_gradient(grad_weight, grad_CV, hidden_CD, workspace)
-    if needs[1] and grad_weight is None:
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide)
-    kd, ce = sums.to(wide).unbind()
+        if grad_CV is not None and grad_weight is not None:
+            grad_weight.add(grad_CV, hidden_CD)
+    kd, ce = sums.to(softmax_dtype(dtype)).unbind()
     return kd.clone(), ce.clone(), grad_hidden, grad_weight
 
 
@@ -234,22 +236,7 @@ def _chunks(labels_N: Tensor, chunk_tokens: int) -> Iterator[slice]:
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:
     """Of the product of hidden states and head."""
-    return softmax_dtype(hidden.dtype) if _has_wide_products(hidden.device.type, hidden.dtype) else hidden.dtype
-
-
-@functools.cache
-def _has_wide_products(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a product of that dtype can be had without rounding it back: torch 2.8 on CUDA."""
-    if dtype == softmax_dtype(dtype):
-        return True
-    if device_type != "cuda":
-        return False
-    one = torch.ones(16, 16, dtype=dtype, device=device_type)
-    try:
-        torch.mm(one, one, out_dtype=softmax_dtype(dtype))
-    except (TypeError, RuntimeError):
-        return False
-    return True
+    return softmax_dtype(hidden.dtype) if has_wide_products(hidden.device.type, hidden.dtype) else hidden.dtype
 
 
 def _scaled_logits(out_CV: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
@@ -274,31 +261,3 @@ def _deep_product(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
         num_rows = CPU_DEEP_PRODUCT_ROWS
     for grad, out in zip(grad_CV.split(num_rows), out_CD.split(num_rows), strict=True):
         torch.mm(grad, weight_VD, out=out)
-
-
-def _weight_gradient(total_VD: Tensor | None, grad_CV: Tensor, hidden_CD: Tensor, workspace: Workspace) -> Tensor:
-    """The gradient of the weight with that of a chunk added, in fp32 or wider; None begins it."""
-    dtype, device, shape_VD = hidden_CD.dtype, hidden_CD.device, (grad_CV.shape[1], hidden_CD.shape[1])
-    wide = softmax_dtype(dtype)
-    if dtype == wide:
-        if total_VD is None:
-            return torch.mm(grad_CV.T, hidden_CD)
-        return total_VD.addmm_(grad_CV.T, hidden_CD)
-    product_VD: Tensor
-    if _has_wide_products(device.type, dtype):
-        if total_VD is None:
-            return torch.mm(grad_CV.T, hidden_CD, out_dtype=wide)
-        product_VD = workspace.take("teacher", *shape_VD, wide, device)
-        return total_VD.add_(torch.mm(grad_CV.T, hidden_CD, out_dtype=wide, out=product_VD))
-    # The teacher's logits have been used: their buffer takes the product.
-    product_VD = torch.mm(grad_CV.T, hidden_CD, out=workspace.take("teacher", *shape_VD, dtype, device))
-    if total_VD is None:
-        return product_VD.to(wide)
-    if device.type != "cpu":
-        return total_VD.add_(product_VD)
-    # Adding a narrow tensor would widen it whole first, in memory of its own.
-    num_rows = max(1, CPU_SUM_ELEMENTS // shape_VD[1])
-    widened = workspace.take("widened product", num_rows, shape_VD[1], wide, device)
-    for total, product in zip(total_VD.split(num_rows), product_VD.split(num_rows), strict=True):
-        total.add_(widened[: len(product)].copy_(product))
-    return total_VD

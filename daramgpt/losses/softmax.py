@@ -9,16 +9,18 @@ With s, t the scaled logits less their row maximum, q = eˢ/Σeˢ, p = eᵗ/Σe�
 T² · KL has the gradient T · (q − p) by the student's logits z = T·s. The cross-entropy needs e^z = (eˢ)ᵀ, for T = 1 and
 2 no further exponential of V terms.
 
-The other divergences are written for clarity. With g the derivative by q, the gradient by s is q · (g − Σqg). Mixtures
-are taken relative to one of both distributions, by the logarithm of their ratio, so that nothing underflows.
+The other divergences are in `divergences`, the same arithmetic for torch.compile in `compiled`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from daramgpt.losses import row_kernels
+from daramgpt.losses import compiled, row_kernels
+from daramgpt.losses.divergences import divergence_and_gradient
 from daramgpt.losses.objective import IGNORED_LABEL, Objective, softmax_dtype
 from daramgpt.losses.rows import Rows
 from daramgpt.losses.workspace import Workspace
@@ -26,10 +28,10 @@ from daramgpt.losses.workspace import Workspace
 # Elements of a block [rows, V] for each core: three operands of 4 bytes fit 2 MiB, a usual second-level cache. Half as
 # many, and the start of threads shows; some more, and a pass takes twice as long.
 CPU_BLOCK_ELEMENTS = 112 * 1024
+# A thread of the compiled form takes whole rows, so that starting it must not show.
+COMPILED_BLOCK_ELEMENTS = 3 * 2**20
 # 64 MiB an operand: fills a large GPU.
 GPU_BLOCK_ELEMENTS = 2**24
-# e to this power is finite; where probabilities differ by more, one of them contributes nothing.
-LARGEST_LOG_RATIO = 80.0
 
 
 def softmax_arithmetic(
@@ -39,6 +41,7 @@ def softmax_arithmetic(
     objective: Objective,
     gradient_CV: Tensor | None,
     workspace: Workspace,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Sums of kd and ce over the target tokens, and the gradient of the student's logits.
 
@@ -50,14 +53,13 @@ def softmax_arithmetic(
         gradient_CV: takes the gradient by the logits as they were before their division by T; may be `student_CV`
             itself. None: not wanted.
         workspace: for the buffers of a block.
+        is_compiled: by torch.compile.
 
     Returns:
         [2], fp64.
     """
     vocab_size, wide = student_CV.shape[1], softmax_dtype(student_CV.dtype)
-    block_elements = GPU_BLOCK_ELEMENTS
-    if student_CV.device.type == "cpu":
-        block_elements = CPU_BLOCK_ELEMENTS * torch.get_num_threads()
+    compute, block_elements = _form(student_CV.device, teacher_CV is not None, objective, is_compiled)
     block_rows = max(1, block_elements // vocab_size)
     targets = labels_C != IGNORED_LABEL
     index_C1 = labels_C.clamp(min=0).unsqueeze(1)
@@ -66,8 +68,6 @@ def softmax_arithmetic(
     students = student_CV.split(block_rows)
     teachers = [None] * len(students) if teacher_CV is None else teacher_CV.split(block_rows)
     gradients = [None] * len(students) if gradient_CV is None else gradient_CV.split(block_rows)
-    is_plain = teacher_CV is None or objective.divergence == "forward-kl"
-    compute = row_kernels.block if is_plain and _has_row_kernels(student_CV.device) else _block
     parts = [
         compute(student, teacher, block, objective, gradient, workspace)
         for student, teacher, block, gradient in zip(students, teachers, rows.split(block_rows), gradients, strict=True)
@@ -85,6 +85,19 @@ def softmax_arithmetic(
     if whole_blocks := [part for part in parts if part is not None]:
         kd = kd + torch.stack(whole_blocks).sum(dtype=torch.float64)
     return torch.stack([temperature**2 * kd, ce])
+
+
+def _form(
+    device: torch.device, has_teacher: bool, objective: Objective, is_compiled: bool
+) -> tuple[Callable[..., Tensor | None], int]:
+    """What computes a block, and the logits of a block."""
+    block_elements = GPU_BLOCK_ELEMENTS
+    if is_compiled:
+        return compiled.block, COMPILED_BLOCK_ELEMENTS if device.type == "cpu" else block_elements
+    if device.type == "cpu":
+        block_elements = CPU_BLOCK_ELEMENTS * torch.get_num_threads()
+    is_plain = not has_teacher or objective.divergence == "forward-kl"
+    return row_kernels.block if is_plain and _has_row_kernels(device) else _block, block_elements
 
 
 def _has_row_kernels(device: torch.device) -> bool:
@@ -155,46 +168,9 @@ def _other_divergence(
     student_sum = torch.exp(student, out=exponential).sum(dim=1, keepdim=True)
     student_log = student - student_sum.log()
     teacher_log = torch.log_softmax(teacher, dim=1)
-    if objective.divergence == "reverse-kl":
-        divergence, gradient = _reverse_kl(student_log, teacher_log)
-    elif objective.divergence == "jsd":
-        divergence, gradient = _jsd(student_log, teacher_log, objective.jsd_beta)
-    else:
-        divergence, gradient = _skew_kl(student_log, teacher_log, objective.skew_alpha)
+    divergence, gradient = divergence_and_gradient(student_log, teacher_log, objective)
     rows.divergence.copy_(divergence)
     return gradient.mul_(rows.soft_factor)
-
-
-def _reverse_kl(student_log: Tensor, teacher_log: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q ‖ p) [B, 1] and its gradient by s [B, V] for log-probabilities: g = ln(q/p) but for a constant."""
-    student, ratio_log = student_log.exp(), student_log - teacher_log
-    divergence = (student * ratio_log).sum(dim=1, keepdim=True)
-    return divergence, ratio_log.sub_(divergence).mul_(student)
-
-
-def _jsd(student_log: Tensor, teacher_log: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The same of β · KL(p ‖ m) + (1 − β) · KL(q ‖ m), m = βp + (1 − β)q: g = (1 − β) · ln(q/m)."""
-    student, ratio_log = student_log.exp(), _clamped(teacher_log - student_log)
-    # ln(m/q) = ln(1 + β(p/q − 1)), and ln(m/p) is that less ln(p/q).
-    mixture_log = torch.expm1(ratio_log).mul_(beta).log1p_()
-    expected = (student * mixture_log).sum(dim=1, keepdim=True)
-    teacher_part = teacher_log.exp().mul_(ratio_log.sub_(mixture_log)).sum(dim=1, keepdim=True)
-    return beta * teacher_part - (1 - beta) * expected, mixture_log.sub_(expected).mul_(student).mul_(beta - 1)
-
-
-def _skew_kl(student_log: Tensor, teacher_log: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """The same of KL(p ‖ m), m = αp + (1 − α)q: g = −(1 − α) · p/m."""
-    student, ratio_log = student_log.exp(), _clamped(student_log - teacher_log)
-    # ln(m/p) = ln(1 + (1 − α)(q/p − 1)).
-    mixture_log = torch.expm1(ratio_log).mul_(1 - alpha).log1p_()
-    divergence = (teacher_log.exp() * mixture_log).sum(dim=1, keepdim=True).neg_()
-    share = mixture_log.neg_().exp_()
-    expected = (student * share).sum(dim=1, keepdim=True)
-    return divergence, share.sub_(expected).mul_(student).mul_(alpha - 1)
-
-
-def _clamped(ratio_log: Tensor) -> Tensor:
-    return ratio_log.clamp_(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 def _finish(

@@ -14,6 +14,7 @@ from daramgpt.planner.memory import needed_memory
 CHOICES = ("dtype", "teacher_precision", "ds_config")
 # Components smaller than this share of the total are not printed.
 SMALLEST_SHARE = 0.01
+COLUMNS, INDENT = 80, "  "
 
 
 def describe(plans: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
@@ -25,52 +26,65 @@ def describe(plans: dict[str, dict[str, Any]], say: Callable[[str], None]) -> No
     for key in CHOICES:
         lines = {lines[key] for lines in choices.values() if key in lines}
         if len(lines) == 1:
-            say(lines.pop())
+            _say_wrapped(say, lines.pop())
             for own in choices.values():
                 own.pop(key, None)
     for label, plan in plans.items():
-        _describe_training(label, plan, say)
-        for line in choices[label].values():
-            say(f"  {line}")
-    for reason in dict.fromkeys(
-        plan["probe"]["reason"] for plan in plans.values() if "reason" in plan.get("probe", {})
-    ):
-        say(f"micro-batch not measured: {reason}")
+        say(f"{label}:")
+        for line in (*_training_lines(plan), *choices[label].values()):
+            _say_wrapped(say, line, INDENT)
+    unmeasured: dict[str, list[str]] = {}
+    for label, plan in plans.items():
+        if "reason" in plan.get("probe", {}):
+            unmeasured.setdefault(plan["probe"]["reason"], []).append(label)
+    for reason, labels in unmeasured.items():
+        _say_wrapped(say, f"micro-batch not measured ({', '.join(labels)}): {reason}")
 
 
-def _describe_training(label: str, plan: dict[str, Any], say: Callable[[str], None]) -> None:
+def _say_wrapped(say: Callable[[str], None], text: str, indent: str = "") -> None:
+    """In lines of 80 columns, but for a word that is longer, such as a path."""
+    lines = textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=indent,
+        subsequent_indent=indent + INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for line in lines:
+        say(line)
+
+
+def _training_lines(plan: dict[str, Any]) -> list[str]:
+    """Of one training, not wrapped yet."""
     predicted, probe = plan["predicted"], plan.get("probe", {})
     rows, context = plan["micro_batch_rows"], plan["context_tokens"]
-    say(f"{label}:")
-    say(
-        f"  {plan['num_steps']:,} steps of {plan['batch_rows']} rows of {context} tokens, "
-        f"{rows} rows ({rows * context:,} tokens) a forward pass, loss {plan['loss_chunk_tokens']:,} tokens at a time"
-    )
     parts = sorted(predicted["memory_bytes"].items(), key=lambda item: -item[1])
     total = predicted["memory_total_bytes"]
-    say(
-        f"  memory {total / 1e9:.2f} GB: "
-        + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts if size >= SMALLEST_SHARE * total)
-    )
+    lines = [
+        f"{plan['num_steps']:,} steps of {plan['batch_rows']} rows of {context} tokens, "
+        f"{rows} rows ({rows * context:,} tokens) a forward pass, loss {plan['loss_chunk_tokens']:,} tokens at a time",
+        f"memory {total / 1e9:.2f} GB: "
+        + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts if size >= SMALLEST_SHARE * total),
+    ]
     if host := sum(predicted.get("host_memory_bytes", {}).values()):
-        say(f"  and {host / 1e9:.2f} GB of the host's")
-    say(
-        f"  {predicted['model_flops_per_token'] / 1e6:,.1f} MFLOP a token; at this device's "
+        lines.append(f"and {host / 1e9:.2f} GB of the host's")
+    lines.append(
+        f"{predicted['model_flops_per_token'] / 1e6:,.1f} MFLOP a token; at this device's "
         f"{predicted['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s no less than {predicted['fewest_hours']:.3f} hours"
     )
     if "hours" in predicted:
-        say(f"  by arithmetic {predicted['tokens_per_second']:,.0f} tokens/s, {predicted['hours']:.3f} hours")
+        lines.append(f"by arithmetic {predicted['tokens_per_second']:,.0f} tokens/s, {predicted['hours']:.3f} hours")
     if probe.get("fastest_rows"):
-        speed = next(t for t in probe["trials"] if t["micro_batch_rows"] == rows) if rows in _tried(probe) else None
-        measured = f" ({speed['tokens_per_second']:,.1f} tokens/s, {speed['hours']:.1f} hours)" if speed else ""
-        say(
-            f"  measured: fastest {probe['fastest_rows']} rows a forward pass{measured}, "
-            f"largest that fits {probe['largest_rows']}"
+        lines.append(
+            f"measured: fastest {probe['fastest_rows']} rows a forward pass, largest that fits {probe['largest_rows']}"
         )
-
-
-def _tried(probe: dict[str, Any]) -> list[int]:
-    return [trial["micro_batch_rows"] for trial in probe["trials"]]
+        lines += [
+            f"measured with {rows} rows: {trial['tokens_per_second']:,.1f} tokens/s, {trial['hours']:.1f} hours"
+            for trial in probe["trials"]
+            if trial["micro_batch_rows"] == rows
+        ]
+    return lines
 
 
 def gpu_table(forecasts: Sequence[Forecast]) -> list[str]:
@@ -103,7 +117,7 @@ def one_gpu(forecast: Forecast, total_tokens: float) -> list[str]:
     hours = total_tokens / (step.world_size * step.tokens * step.micro_batches) / 3600
     assert step.teacher is not None
     fixed, of_position = reference_bytes(step.student, step.teacher)
-    lines = textwrap.wrap(f"{forecast.name}: {forecast.rates.source}", 80, subsequent_indent="  ")
+    lines = textwrap.wrap(f"{forecast.name}: {forecast.rates.source}", COLUMNS, subsequent_indent=INDENT)
     lines += ["memory of one, MB:"]
     for place, sizes in (("", needed.device), (" (host)", needed.host)):
         lines += [f"  {name + place:<28}{size / 1e6:>10,.0f}" for name, size in sizes.items() if size]

@@ -15,7 +15,7 @@ from daramgpt.gpu_table import GPU_TABLE, table_key
 from daramgpt.hardware import Gpu, Machine
 from daramgpt.planner import rates as machine_rates
 from daramgpt.planner import speed
-from daramgpt.planner.making import MEMORY_SHARE, first_step, fitting_rows, in_passes
+from daramgpt.planner.making import MEMORY_SHARE, TrainingSetup, first_step, fitting_rows, in_passes
 from daramgpt.planner.memory import needed_memory
 from daramgpt.planner.shapes import ModelShape, Step
 from daramgpt.recipe import Recipe
@@ -97,17 +97,16 @@ def forecast(recipe: Recipe, name: str, teacher: ModelShape, context_tokens: int
     there = machine(name)
     chosen = hardware.choose(there)
     precision = recipe.teacher.precision if recipe.teacher else "auto"
-    one_row = first_step(
-        recipe,
+    setup = TrainingSetup(
         context_tokens=context_tokens,
         vocab_size=teacher.vocab_size,
         teacher=teacher,
-        teacher_precision=chosen.teacher_precision if precision == "auto" else precision,
         world_size=count,
         dtype=chosen.dtype,
         ds_config=chosen.ds_config if recipe.engine.ds_config == "auto" else recipe.engine.ds_config,
         device="cuda",
     )
+    one_row = first_step(recipe, setup, chosen.teacher_precision if precision == "auto" else precision)
     card_bytes, chunk_tokens = there.gpu_memory_bytes, recipe.engine.loss_chunk_tokens
     is_half = recipe.teacher is not None and recipe.teacher.half_accumulation
     rates = machine_rates.of_gpu(key, one_row.dtype, is_half)

@@ -1,20 +1,23 @@
 """Choose what the recipe leaves open, predict memory and hours, and freeze it: the plan before any probe.
 
 The micro-batch is the largest that fits by `memory`, up to where a CPU gains nothing more; a probe may then find that a
-smaller one is faster. Everything here is a function of its arguments: the same ones give the same plan.
+smaller one is faster. Everything here is a function of its arguments: the same ones give the same plan, but for the
+speed, where that is timed.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
 
 from daramgpt import ds_config as ds_configs
 from daramgpt.errors import UserError
 from daramgpt.planner import speed
 from daramgpt.planner.memory import Memory, needed_memory
 from daramgpt.planner.rates import Rates
-from daramgpt.planner.shapes import ModelShape, Step, step_flops, student_shape
+from daramgpt.planner.shapes import ModelShape, Step, recipe_shape, step_flops
+from daramgpt.planner.timing import Timings
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, write_json
 
@@ -28,38 +31,51 @@ CHUNK_UNIT_TOKENS = 512
 # Of the memory that the machine has, for the allocator's own waste and for other processes.
 MEMORY_SHARE = 0.85
 
+RatesOf: TypeAlias = Callable[[Step], Rates | Timings]
 
-def first_step(
-    recipe: Recipe,
-    *,
-    context_tokens: int,
-    vocab_size: int,
-    teacher: ModelShape | None,
-    teacher_precision: str,
-    world_size: int,
-    dtype: str,
-    ds_config: str,
-    device: str,
-) -> Step:
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What is settled before a training is planned: by its shards, its teacher and the machine.
+
+    Attributes:
+        context_tokens, vocab_size: of the shards; the latter of all models.
+        teacher: None trains by plain cross-entropy.
+        world_size: ranks.
+        dtype: of the student's arithmetic.
+        ds_config: name or file.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    context_tokens: int
+    vocab_size: int
+    teacher: ModelShape | None
+    world_size: int
+    dtype: str
+    ds_config: str
+    device: str
+
+
+def first_step(recipe: Recipe, setup: TrainingSetup, teacher_precision: str) -> Step:
     """A rank's share of the recipe's batch in forward passes of the recipe's rows, or of one row where it leaves them
     open."""
     rows = recipe.engine.micro_batch_rows or 1
     # Every rank and every micro-batch gets whole rows, so the batch is rounded up to a multiple of them.
-    multiple = world_size * rows
-    batch_rows = -(-max(1, recipe.optimizer.batch_tokens // context_tokens) // multiple) * multiple
+    multiple = setup.world_size * rows
+    batch_rows = -(-max(1, recipe.optimizer.batch_tokens // setup.context_tokens) // multiple) * multiple
     step = Step(
-        student=student_shape(recipe.student, vocab_size, context_tokens),
-        teacher=teacher,
+        student=recipe_shape(recipe.student, setup.vocab_size, setup.context_tokens),
+        teacher=setup.teacher,
         teacher_precision=teacher_precision,
-        dtype=dtype,
-        context_tokens=context_tokens,
+        dtype=setup.dtype,
+        context_tokens=setup.context_tokens,
         micro_batch_rows=rows,
         micro_batches=batch_rows // multiple,
         chunk_tokens=0,
         optimizer_kind=recipe.optimizer.kind,
-        ds_config=ds_configs.load(ds_config),
-        world_size=world_size,
-        device=device,
+        ds_config=ds_configs.load(setup.ds_config),
+        world_size=setup.world_size,
+        device=setup.device,
         is_by_document=recipe.curriculum.attention == "document",
         recomputes=recipe.engine.activation_checkpointing,
     )
@@ -95,50 +111,34 @@ def fitting_rows(step: Step, memory_limit_bytes: int, chunk_tokens: int | None =
 def make_plan(
     recipe: Recipe,
     run: RunDirectory,
+    setup: TrainingSetup,
     *,
-    context_tokens: int,
-    vocab_size: int,
+    teacher_precision: str,
     num_rows: int,
-    teacher: ModelShape | None,
+    num_threads: int,
     memory_limit_bytes: int,
     flops_per_second: float,
-    num_threads: int,
-    world_size: int,
-    dtype: str,
-    teacher_precision: str,
-    ds_config: str,
     reasons: dict[str, str],
-    device: str = "cpu",
-    rates: Rates | None = None,
+    rates: RatesOf | None = None,
 ) -> dict[str, Any]:
     """Choose what the recipe leaves open, predict, and freeze it in ``plan.json``.
 
     Args:
         recipe, run: whose plan.
-        context_tokens, vocab_size, num_rows: of the shards; rows of one pass.
-        teacher: None trains by plain cross-entropy.
+        setup: of the training.
+        teacher_precision: of the teacher's blocks.
+        num_rows: of the shards; rows of one pass.
+        num_threads: of a rank.
         memory_limit_bytes: of the device.
         flops_per_second: best measured rate of its matrix products.
-        num_threads, world_size, dtype, teacher_precision, ds_config: chosen before, kept here.
-        reasons: why, by choice.
-        device: ``"cpu"`` or ``"cuda"``.
-        rates: of the device; without them no speed is predicted.
+        reasons: of what was chosen before, by choice.
+        rates: gives those of the device for the step that is planned; without it no speed is predicted.
 
     Raises:
         UserError: a row, or the micro-batch that the recipe asks for, does not fit the memory.
     """
-    chunk_tokens = recipe.engine.loss_chunk_tokens
-    step = first_step(
-        recipe,
-        context_tokens=context_tokens,
-        vocab_size=vocab_size,
-        teacher=teacher,
-        teacher_precision=teacher_precision,
-        world_size=world_size,
-        dtype=dtype,
-        ds_config=ds_config,
-        device=device,
-    )
+    chunk_tokens, context_tokens = recipe.engine.loss_chunk_tokens, setup.context_tokens
+    step = first_step(recipe, setup, teacher_precision)
     rows = recipe.engine.micro_batch_rows
     needed = needed_memory(step)
     if not fits(needed, memory_limit_bytes):
@@ -149,10 +149,10 @@ def make_plan(
         )
     fitting = fitting_rows(step, memory_limit_bytes, chunk_tokens)
     if rows is None:
-        most = max(1, CPU_MICRO_BATCH_TOKENS // context_tokens) if device == "cpu" else fitting[-1]
+        most = max(1, CPU_MICRO_BATCH_TOKENS // context_tokens) if setup.device == "cpu" else fitting[-1]
         rows = max(divisor for divisor in fitting if divisor == 1 or divisor <= most)
     step = in_passes(step, rows, chunk_tokens)
-    batch_rows = rows * step.micro_batches * world_size
+    batch_rows = rows * step.micro_batches * step.world_size
     num_tokens = num_rows * recipe.curriculum.passes * context_tokens
     flops = step_flops(step.student, step.teacher, context_tokens)
     plan = {
@@ -164,10 +164,10 @@ def make_plan(
         "schedule": recipe.schedule.model_dump(),
         "learning_rate": recipe.optimizer.learning_rate,
         "num_threads": num_threads,
-        "world_size": world_size,
-        "dtype": dtype,
-        "teacher_precision": teacher_precision if teacher else None,
-        "ds_config": ds_config,
+        "world_size": step.world_size,
+        "dtype": step.dtype,
+        "teacher_precision": teacher_precision if step.teacher else None,
+        "ds_config": setup.ds_config,
         "reasons": reasons,
         "predicted": {
             **_predicted(step, rates, num_tokens),
@@ -175,7 +175,7 @@ def make_plan(
             "model_flops_per_token": flops,
             "gemm_flops_per_second": flops_per_second,
             # No run goes faster than its matrix products alone.
-            "fewest_hours": num_tokens * flops / flops_per_second / 3600 / world_size,
+            "fewest_hours": num_tokens * flops / flops_per_second / 3600 / step.world_size,
         },
         "student": asdict(step.student) | {"parameters": step.student.parameters},
     }
@@ -183,7 +183,24 @@ def make_plan(
     return plan
 
 
-def _predicted(step: Step, rates: Rates | None, num_tokens: int) -> dict[str, Any]:
+def predicted_anew(
+    plan: dict[str, Any], recipe: Recipe, setup: TrainingSetup, num_rows: int, rates: RatesOf | None
+) -> dict[str, Any]:
+    """The plan with memory, speed and hours of the micro-batch that it has now, which may not be the one it was made
+    with.
+
+    Args:
+        plan: as from `make_plan`, its micro-batch exchanged.
+        recipe, setup, num_rows, rates: as of `make_plan`.
+    """
+    # Where there is no teacher there is no precision, and nothing depends on it.
+    step = first_step(recipe, setup, plan["teacher_precision"] or "fp32")
+    step = in_passes(step, plan["micro_batch_rows"], plan["loss_chunk_tokens"])
+    found = _predicted(step, rates, num_rows * recipe.curriculum.passes * setup.context_tokens)
+    return {**plan, "predicted": {**plan["predicted"], **found}}
+
+
+def _predicted(step: Step, rates: RatesOf | None, num_tokens: int) -> dict[str, Any]:
     """Memory, and where rates are known speed and hours, of a run of so many tokens."""
     needed = needed_memory(step)
     found: dict[str, Any] = {
@@ -193,11 +210,12 @@ def _predicted(step: Step, rates: Rates | None, num_tokens: int) -> dict[str, An
     }
     if rates is None:
         return found
-    tokens_per_second = speed.tokens_per_second(step, rates)
+    here = rates(step)
+    tokens_per_second = speed.tokens_per_second(step, here)
     return {
         **found,
-        "seconds_per_step": speed.step_seconds(step, rates),
+        "seconds_per_step": speed.step_seconds(step, here),
         "tokens_per_second": tokens_per_second,
         "hours": num_tokens / tokens_per_second / 3600,
-        "rates": asdict(rates),
+        "rates": asdict(here),
     }

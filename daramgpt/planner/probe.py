@@ -1,17 +1,21 @@
 """The fastest micro-batch that fits, measured: one subprocess a candidate trains a few steps on the run's own rows.
 
 The arithmetic says which candidates fit; memory and speed of those are then facts. A candidate that runs out of memory,
-or that the system kills for it, does not fit. Each candidate trains the same number of tokens a step, so that all have
-the same share of the optimizer, and has a process of its own, so that none inherits another's memory. The result goes
-into ``plan.json``: a run probes once.
+or that the system kills for it, does not fit; one that hangs is ended after a time that follows from the arithmetic.
+Each candidate trains the same number of tokens a step, so that all have the same share of the optimizer, and has a
+process of its own, so that none inherits another's memory. The result goes into ``plan.json``: a run probes once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,10 @@ NOISE = 0.03
 # Steps after the first end when this has passed.
 STEP_SECONDS, MOST_STEPS = 10.0, 10
 OUT_OF_MEMORY = "out of memory"
+# Of a candidate: to import, to load and convert its teacher from a slow disk, to compile.
+START_SECONDS = 300.0
+# A step that takes this many times what its matrix products alone would is not worth waiting for.
+SLOWEST_OF_PRODUCTS = 30
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,20 @@ def describe(trial: Trial) -> str:
     return f"{what}: {trial.tokens_per_second:,.1f} tokens/s, {trial.peak_memory_bytes / 1e9:.2f} GB"
 
 
+def time_limit_seconds(plan: dict[str, Any]) -> float:
+    """After which a candidate hangs, or is so slow that none is slower.
+
+    Args:
+        plan: with the candidate's micro-batch and batch, for one rank.
+    """
+    tokens, predicted = plan["batch_rows"] * plan["context_tokens"], plan["predicted"]
+    step_seconds = tokens * predicted["model_flops_per_token"] / predicted["gemm_flops_per_second"]
+    # One step warms up; the last one begins before `STEP_SECONDS` are over.
+    return START_SECONDS + STEP_SECONDS + 2 * SLOWEST_OF_PRODUCTS * step_seconds
+
+
 def try_in_subprocess(command: Sequence[str], plan: dict[str, Any], environment: dict[str, str], log: Path) -> Trial:
-    """Run one candidate's process.
+    """Run one candidate's process, and end it and all that it has started.
 
     Args:
         command: arguments of ``python -m daramgpt``; its last line of output is ``{"tokens_per_second": ...,
@@ -123,20 +143,37 @@ def try_in_subprocess(command: Sequence[str], plan: dict[str, Any], environment:
         environment: of the process.
         log: takes what it prints beside that.
     """
-    rows = plan["micro_batch_rows"]
-    with log.open("ab") as stream:
-        done = subprocess.run(
-            [sys.executable, "-m", "daramgpt", *command], env=environment, stdout=subprocess.PIPE, stderr=stream
+    rows, limit = plan["micro_batch_rows"], time_limit_seconds(plan)
+    # Not a pipe: whoever inherits it could keep it open.
+    with log.open("ab") as stream, tempfile.TemporaryFile() as output, _ended_by_sigterm():
+        # A group of its own, to be ended as a whole.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "daramgpt", *command],
+            env=environment,
+            stdout=output,
+            stderr=stream,
+            start_new_session=True,
         )
+        code: int | None = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        lines = output.read().decode("utf-8", "replace").splitlines()
     answer: dict[str, Any] = {}
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
-    if done.returncode == 0 and lines:
+    if code is None:
+        answer = {"fault": f"gave no answer in {limit:,.0f} s and was ended; see {log}"}
+    elif code == 0 and lines:
         answer = json.loads(lines[-1])
-    elif done.returncode < 0 or done.returncode == 128 + 9:
+    elif code < 0 or code == 128 + 9:
         # As the kernel's out-of-memory killer does, and a container's.
-        answer = {"fault": f"killed by signal {abs(done.returncode) % 128}, as for too much memory"}
+        answer = {"fault": f"killed by signal {abs(code) % 128}, as for too much memory"}
     else:
-        answer = {"fault": f"failed with exit code {done.returncode}; see {log}"}
+        answer = {"fault": f"failed with exit code {code}; see {log}"}
     return Trial(
         rows,
         rows * plan["context_tokens"],
@@ -144,3 +181,17 @@ def try_in_subprocess(command: Sequence[str], plan: dict[str, Any], environment:
         answer.get("peak_memory_bytes"),
         answer.get("fault"),
     )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, so that it does not leave behind what it has started."""
+
+    def leave(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,15 +1,14 @@
-"""How fast a machine does what training is made of: a handful of constants, measured here or from a data sheet.
+"""How fast a GPU that is not at hand does what training is made of: a handful of constants from its data sheet.
 
-On the machine at hand each constant is the median of a few repetitions of the operation itself, on tensors of a fixed
-size: they describe the machine, not the run that is planned. All of them together take some seconds. For a GPU that is
-not at hand they follow from its data sheet (`daramgpt.gpu_table`), by the bytes each operation moves.
+The sheet (`daramgpt.gpu_table`) gives the rate of products and of memory; an operation that is no product takes as long
+as the bytes that it moves. What is at hand is timed instead (`daramgpt.planner.timing`), but for one figure that is
+measured here as well: the best rate of its matrix products, which no training exceeds.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,17 +17,12 @@ from daramgpt import gpu_table
 if TYPE_CHECKING:
     import torch
 
-# A measurement stops at the first of these; that of a product, which counts most, takes longer.
-MEASURE_SECONDS, MOST_REPETITIONS, FEWEST_REPETITIONS = 0.1, 50, 3
-PRODUCT_SECONDS = 0.25
-# Sizes of what is measured: products of a mid-sized model, tensors beyond the second-level cache.
-TOKENS, WIDTH, VOCABULARY, HEAD_WIDTH, CONTEXT = 1024, 640, 16384, 64, 512
 # Share of a GPU's product rate that attention reaches: assumed, not measured.
 ATTENTION_SHARE = 0.5
 # Backward over forward FLOPs of attention: its kernels compute the scores once more.
 ATTENTION_BACKWARD = 2.5
 # Bytes a logit that the softmax arithmetic moves on a GPU, as `daramgpt.losses.row_kernels` counts them, with a narrow
-# gradient; without a teacher at T = 1. On a CPU it stays in caches and is measured.
+# gradient; without a teacher at T = 1.
 LOGIT_BYTES, LOGIT_BYTES_ALONE = 90.0, 26.0
 # Launching a kernel from Python, where there is so little to do that it counts.
 DISPATCH_SECONDS = 8e-6
@@ -110,131 +104,6 @@ def of_gpu(key: str, dtype: str, half_accumulation: bool = False) -> Rates:
             f"{sheet.bandwidth_gigabytes_per_second} GB/s, {gpu_table.BANDWIDTH_SHARE:g} of it reached (assumed)"
         ),
     )
-
-
-def measure(dtype: str, device: torch.device) -> Rates:
-    """Of this machine, in some seconds.
-
-    Args:
-        dtype: of the student's arithmetic.
-        device: that trains.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    from daramgpt.losses import Objective, Workspace, distillation_loss
-    from daramgpt.teacher import DTYPES
-
-    kind = DTYPES[dtype]
-
-    def random(*shape: int, grad: bool = False) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=kind).requires_grad_(grad)
-
-    def seconds(run: Callable[[], object]) -> float:
-        return typical_seconds(run, device)
-
-    def product_seconds(run: Callable[[], object]) -> float:
-        return typical_seconds(run, device, PRODUCT_SECONDS)
-
-    def forward_and_backward(run: Callable[[], torch.Tensor]) -> tuple[float, float]:
-        with torch.no_grad():
-            forward = seconds(run)
-        output = run()
-        gradient = torch.ones_like(output)
-        return forward, seconds(lambda: output.backward(gradient, retain_graph=True))
-
-    hidden, wide = random(TOKENS, WIDTH), random(TOKENS, 4 * WIDTH)
-    weight, weight_out = random(WIDTH, 4 * WIDTH), random(4 * WIDTH, WIDTH)
-    head, logits = random(VOCABULARY, WIDTH), random(TOKENS, VOCABULARY)
-    few = logits[: TOKENS // 2]
-    # The layouts of a training step: forward, backward to the input, backward to the weight.
-    block = [
-        lambda: torch.mm(hidden, weight),
-        lambda: torch.mm(wide, weight_out),
-        lambda: torch.mm(wide, weight.T),
-        lambda: torch.mm(hidden.T, wide),
-    ]
-    # As the loss does it: half the rows where the head's are the inner dimension.
-    head_backward = [lambda: torch.mm(few, head), lambda: torch.mm(few, head), lambda: torch.mm(logits.T, hidden)]
-    block_flops, head_flops = 2 * TOKENS * 4 * WIDTH**2, 2 * TOKENS * VOCABULARY * WIDTH
-    with torch.no_grad():
-        product_rate = len(block) * block_flops / sum(map(product_seconds, block))
-        head_rate = head_flops / product_seconds(lambda: torch.mm(hidden, head.T))
-        head_backward_rate = 2 * head_flops / sum(map(product_seconds, head_backward))
-    queries = [random(2, WIDTH // HEAD_WIDTH, CONTEXT, HEAD_WIDTH, grad=True) for _ in range(3)]
-    attention, attention_backward = forward_and_backward(
-        lambda: F.scaled_dot_product_attention(queries[0], queries[1], queries[2], is_causal=True)
-    )
-    channels = random(TOKENS, WIDTH, grad=True)
-    scale, shift = random(WIDTH, grad=True), random(WIDTH, grad=True)
-    norm, norm_backward = forward_and_backward(lambda: F.layer_norm(channels, (WIDTH,), scale, shift))
-    inner = random(TOKENS, 4 * WIDTH, grad=True)
-    gelu, gelu_backward = forward_and_backward(lambda: F.gelu(inner, approximate="tanh"))
-    # So narrow that the products with the head cost next to nothing.
-    narrow, narrow_head = random(TOKENS // 4, 8, grad=True), random(VOCABULARY, 8, grad=True)
-    labels = torch.randint(VOCABULARY, (len(narrow),), device=device)
-    workspace, objective = Workspace(), Objective()
-
-    def loss(teacher: tuple[torch.Tensor, torch.Tensor] | None) -> object:
-        return distillation_loss(
-            narrow,
-            narrow_head,
-            labels,
-            *((narrow.detach(), narrow_head.detach()) if teacher else ()),
-            objective=objective if teacher else Objective(1.0, 0.0, 1.0),
-            chunk_tokens=len(narrow),
-            workspace=workspace,
-        )
-
-    with_teacher = seconds(lambda: loss((narrow, narrow_head)))
-    alone = seconds(lambda: loss(None))
-    numbers = len(narrow) * VOCABULARY
-    rows = torch.zeros(4 * WIDTH, WIDTH, dtype=torch.int8, device=device)
-    scales, buffer = torch.ones(4 * WIDTH, 1, device=device, dtype=kind), random(4 * WIDTH, WIDTH)
-    parameter = torch.nn.Parameter(torch.zeros(4_000_000, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = torch.optim.AdamW([parameter], fused=True)
-    source, target = torch.zeros(2, 16_000_000, device=device).unbind()
-    return Rates(
-        product_flops_per_second=product_rate,
-        teacher_flops_per_second=product_rate,
-        head_flops_per_second=head_rate,
-        head_backward_flops_per_second=head_backward_rate,
-        attention_flops_per_second=2.0 * 2 * CONTEXT**2 * WIDTH / attention,
-        attention_backward=attention_backward / attention,
-        norm_seconds=norm / channels.numel(),
-        norm_backward_seconds=norm_backward / channels.numel(),
-        gelu_seconds=gelu / inner.numel(),
-        gelu_backward_seconds=gelu_backward / inner.numel(),
-        logit_seconds=with_teacher / numbers,
-        logit_alone_seconds=alone / numbers,
-        dequantised_seconds=seconds(lambda: buffer.copy_(rows).mul_(scales)) / buffer.numel(),
-        optimizer_seconds=seconds(optimizer.step) / parameter.numel(),
-        bytes_per_second=2 * source.nbytes / seconds(lambda: target.copy_(source)),
-        source="measured here",
-    )
-
-
-def typical_seconds(run: Callable[[], object], device: torch.device, most_seconds: float = MEASURE_SECONDS) -> float:
-    """Median over the repetitions that a short while allows, after one that warms up.
-
-    Not the fastest: a step is long enough for whatever slows a machine down now and then.
-    """
-    import torch
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    run()
-    synchronise()
-    took: list[float] = []
-    while len(took) < FEWEST_REPETITIONS or (sum(took) < most_seconds and len(took) < MOST_REPETITIONS):
-        start = time.perf_counter()
-        run()
-        synchronise()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
 
 
 def gemm_rate(dtype: str, sizes: Sequence[int], device: torch.device, seconds: float = 0.1) -> float:

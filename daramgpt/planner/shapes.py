@@ -22,12 +22,14 @@ class ModelShape:
         n_embd, n_layer: of a GPT-2.
         vocab_size: rows of its head, which is tied to the embedding.
         num_positions: rows of its position embedding.
+        n_head: None where only memory and FLOPs are asked for, which do not depend on it.
     """
 
     n_embd: int
     n_layer: int
     vocab_size: int
     num_positions: int
+    n_head: int | None = None
 
     @property
     def block_matrices(self) -> int:
@@ -120,9 +122,9 @@ def step_flops(student: ModelShape, teacher: ModelShape | None, context_tokens: 
     return flops + (teacher.forward_flops(context_tokens) if teacher else 0.0)
 
 
-def student_shape(shape: Shape, vocab_size: int, context_tokens: int) -> ModelShape:
-    """Of the recipe's student, which has the teacher's vocabulary and as many positions as a row has tokens."""
-    return ModelShape(shape.n_embd, shape.n_layer, vocab_size, context_tokens)
+def recipe_shape(shape: Shape, vocab_size: int, context_tokens: int) -> ModelShape:
+    """Of a model that the recipe trains: it has the run's vocabulary and as many positions as a row has tokens."""
+    return ModelShape(shape.n_embd, shape.n_layer, vocab_size, context_tokens, shape.n_head)
 
 
 def teacher_shape(model_dir: Path) -> ModelShape:
@@ -136,7 +138,11 @@ def teacher_shape(model_dir: Path) -> ModelShape:
     try:
         config = AutoConfig.from_pretrained(model_dir)
         return ModelShape(
-            config.hidden_size, config.num_hidden_layers, config.vocab_size, config.max_position_embeddings
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.vocab_size,
+            config.max_position_embeddings,
+            config.num_attention_heads,
         )
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]

@@ -1,13 +1,15 @@
-"""Seconds of a training step by component, from FLOPs, numbers and bytes over a machine's rates.
+"""Seconds of a training step by component: sums of what was timed here, or arithmetic over a data sheet's rates.
 
-What is a product of matrices counts its FLOPs, what is not counts the numbers it goes through. Nothing overlaps: on a
-CPU one operation follows the other, on a GPU one kernel does.
+On the machine at hand blocks and loss are timed (`timing`) and counted here. Of a GPU that is not at hand there are
+rates alone: what is a product of matrices counts its FLOPs, what is not counts the numbers it goes through. Nothing
+overlaps: on a CPU one operation follows the other, on a GPU one kernel does.
 """
 
 from __future__ import annotations
 
 from daramgpt.planner.rates import DISPATCH_SECONDS, Rates
 from daramgpt.planner.shapes import QUANTISED, Step
+from daramgpt.planner.timing import Timings
 
 # Kernels a block: of the teacher's forward pass, of the student's forward and backward pass.
 TEACHER_KERNELS, STUDENT_KERNELS = 25, 90
@@ -20,8 +22,36 @@ FORWARD_PASSES, BACKWARD_PASSES = 6, 25
 GRADIENT_PASSES = 5
 
 
-def step_seconds(step: Step, rates: Rates) -> dict[str, float]:
+def step_seconds(step: Step, rates: Rates | Timings) -> dict[str, float]:
     """Of an optimizer step on one rank, by component."""
+    parts = _timed(step, rates) if isinstance(rates, Timings) else _by_data_sheet(step, rates)
+    parts = {name: value * step.micro_batches for name, value in parts.items()}
+    parts["optimizer"] = _optimizer_seconds(step, rates)
+    return parts
+
+
+def tokens_per_second(step: Step, rates: Rates | Timings) -> float:
+    """Of all ranks together, as if they never waited for each other."""
+    return step.world_size * step.tokens * step.micro_batches / sum(step_seconds(step, rates).values())
+
+
+def _timed(step: Step, timings: Timings) -> dict[str, float]:
+    """Of a forward and backward pass."""
+    scale = step.tokens / timings.tokens
+    parts = {
+        "student blocks": scale * step.student.n_layer * timings.student_block_seconds,
+        "student embedding": scale * timings.student_ends_seconds,
+        "loss": scale * timings.loss_seconds + timings.loss_backward_seconds,
+        "gradients": step.student.parameters * timings.gradient_seconds,
+    }
+    if step.teacher is not None:
+        parts["teacher blocks"] = scale * step.teacher.n_layer * timings.teacher_block_seconds
+        parts["teacher embedding"] = scale * timings.teacher_ends_seconds
+    return parts
+
+
+def _by_data_sheet(step: Step, rates: Rates) -> dict[str, float]:
+    """Of a forward and backward pass."""
     student, tokens = step.student, step.tokens
     width, channels = step.width_bytes, tokens * student.n_embd * student.n_layer
     # A mask of documents keeps the kernel from leaving out what a causal one would.
@@ -63,29 +93,21 @@ def step_seconds(step: Step, rates: Rates) -> dict[str, float]:
         )
         if step.teacher_precision in QUANTISED:
             parts["teacher dequantisation"] = teacher.block_matrices * rates.dequantised_seconds
-    parts = {name: value * step.micro_batches for name, value in parts.items()}
-    parts["optimizer"] = _optimizer_seconds(step, rates)
     return parts
-
-
-def tokens_per_second(step: Step, rates: Rates) -> float:
-    """Of all ranks together, as if they never waited for each other."""
-    return step.world_size * step.tokens * step.micro_batches / sum(step_seconds(step, rates).values())
 
 
 def _gradient_bytes(step: Step) -> float:
     """What a forward and backward pass moves for gradients beside making them."""
-    width, parameters = step.width_bytes, step.student.parameters
     # Copied to a bucket, out of it, widened, and added to those of the passes before: five passes in all.
-    moved = parameters * GRADIENT_PASSES * (width + 4.0)
-    if width < 4:
+    moved = step.student.parameters * GRADIENT_PASSES * (step.width_bytes + 4.0)
+    if step.width_bytes < 4:
         # Each chunk's product is added to an fp32 sum, which is cast at the end.
         chunks = -(-step.tokens // step.chunk_tokens)
-        moved += step.student.head_parameters * (chunks * (8.0 + width) + 4 + width)
+        moved += step.student.head_parameters * (chunks * (8.0 + step.width_bytes) + 4 + step.width_bytes)
     return moved
 
 
-def _optimizer_seconds(step: Step, rates: Rates) -> float:
+def _optimizer_seconds(step: Step, rates: Rates | Timings) -> float:
     """AdamW on this rank's share, its norm and clipping 12 bytes, and new weights for the model."""
     shard = step.student.parameters / (step.world_size if step.zero_stage else 1)
     moved = shard * (12.0 + 4 + 2 * step.width_bytes)

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from daramgpt import hardware
-from daramgpt.planner.making import MEMORY_SHARE, first_step, in_passes
+from daramgpt.planner.making import MEMORY_SHARE, TrainingSetup, first_step, in_passes
 from daramgpt.planner.memory import needed_memory
-from daramgpt.planner.shapes import PRECISION_BYTES, ModelShape
+from daramgpt.planner.shapes import PRECISION_BYTES
 from daramgpt.recipe import Recipe
 
 
-def choose_teacher_precision(
-    recipe: Recipe,
-    machine: hardware.Machine,
-    *,
-    dtype: str,
-    teacher: ModelShape,
-    context_tokens: int,
-    vocab_size: int,
-    world_size: int,
-    ds_config: str | None = None,
-) -> tuple[str, str]:
+def choose_teacher_precision(recipe: Recipe, machine: hardware.Machine, setup: TrainingSetup) -> tuple[str, str]:
     """What ``teacher.precision = "auto"`` becomes on `machine`, and why.
 
-    Where torch does not see the GPU, capability alone decides. `ds_config` is the machine's own where none is given.
+    Where torch does not see the GPU, capability alone decides.
 
     Raises:
         UserError: no candidate works on the device.
@@ -31,28 +21,19 @@ def choose_teacher_precision(
 
     from daramgpt.teacher import DTYPES, choice
 
-    by_capability = hardware.choose(machine)
+    assert setup.teacher is not None, "a training without a teacher has no precision to choose"
     if machine.gpus and not torch.cuda.is_available():
+        by_capability = hardware.choose(machine)
         reason = by_capability.reasons["teacher_precision"]
         return by_capability.teacher_precision, f"{reason}; by capability alone, as torch sees no GPU to measure on"
-    device = torch.device(machine.device)
+    device, context_tokens = torch.device(machine.device), setup.context_tokens
     limit_bytes = MEMORY_SHARE * (machine.gpu_memory_bytes or machine.memory_bytes)
     micro_batch_tokens = max(
-        context_tokens, min(recipe.optimizer.batch_tokens // world_size, choice.MOST_TOKENS[device.type])
+        context_tokens, min(recipe.optimizer.batch_tokens // setup.world_size, choice.MOST_TOKENS[device.type])
     )
 
     def needed_bytes(precision: str, tokens: int) -> int:
-        step = first_step(
-            recipe,
-            context_tokens=context_tokens,
-            vocab_size=vocab_size,
-            teacher=teacher,
-            teacher_precision=precision,
-            world_size=world_size,
-            dtype=dtype,
-            ds_config=ds_config or by_capability.ds_config,
-            device=machine.device,
-        )
+        step = first_step(recipe, setup, precision)
         return needed_memory(in_passes(step, tokens // context_tokens, recipe.engine.loss_chunk_tokens)).device_bytes
 
     if needed_bytes("int8", context_tokens) > limit_bytes:
@@ -62,7 +43,7 @@ def choose_teacher_precision(
             f"{limit_bytes / MEMORY_SHARE / 1e9:.1f} GB may be taken; half as large, at a larger error; not measured"
         )
     candidates, left_out = [], {}
-    for precision in hardware.teacher_candidates(machine, dtype):
+    for precision in hardware.teacher_candidates(machine, setup.dtype):
         needed = needed_bytes(precision, micro_batch_tokens) / 1e9
         # Eight bits are the least there is short of nf4; there the plan takes a smaller micro-batch.
         if PRECISION_BYTES[precision] > 1 and needed * 1e9 > limit_bytes:
@@ -71,9 +52,9 @@ def choose_teacher_precision(
             candidates.append(precision)
     return choice.choose(
         candidates,
-        width=teacher.n_embd,
+        width=setup.teacher.n_embd,
         num_tokens=micro_batch_tokens,
-        compute_dtype=DTYPES[dtype],
+        compute_dtype=DTYPES[setup.dtype],
         device=device,
         left_out=left_out,
     )

@@ -6,8 +6,6 @@ written yet is named at the end of the page instead of being passed over.
 
 from __future__ import annotations
 
-import json
-import math
 import tomllib
 from collections.abc import Callable
 from datetime import datetime
@@ -16,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from daramgpt import results_table, status
-from daramgpt.ledger import entries
+from daramgpt.generate import Sampling
 from daramgpt.recipe import Loss
-from daramgpt.report.chart import Point, Series, Span, line_chart
+from daramgpt.report.curves import curves
 from daramgpt.report.page import facts, page, section, table, tiles
-from daramgpt.run_directory import RunDirectory, write_atomically
+from daramgpt.run_directory import RunDirectory, read_json, write_atomically
 
 Data = dict[str, Any]
 # Of a list that may be as long as the corpora are broken.
@@ -35,7 +33,7 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
     """
     found = status.read(run)
     recipe = _toml(run.recipe)
-    plan, index, evaluation = _json(run.plan), _json(run.shards / "index.json"), _json(run.evaluation)
+    plan, index, evaluation = read_json(run.plan), read_json(run.shards / "index.json"), read_json(run.evaluation)
     # The report itself is what is being written.
     missing = [step for step in found.missing if step != "report"]
     state = "done" if not missing else found.state
@@ -45,7 +43,7 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
         section("What was run", facts(_run_facts(recipe, plan, evaluation))),
         _curriculum(found, index),
         _reading(index),
-        _curves(run, index),
+        curves(run, index),
         _evaluation(evaluation),
         _samples(evaluation),
         _sessions(found),
@@ -60,7 +58,7 @@ def _head(name: str, state: str, found: status.Status, evaluation: Data) -> str:
     figures = [
         ("steps", f"{found.step:,} of {found.num_steps:,}"),
         ("tokens trained", f"{found.tokens:,}"),
-        ("hours of training", f"{found.hours_used:.3g} of {found.budget_hours:g}"),
+        (f"hours of training, of {found.budget_hours:g}", f"{found.hours_used:.3g}"),
     ]
     for row in evaluation.get("rows", []):
         if row["name"] in ("teacher", "student", "student without teacher"):
@@ -80,13 +78,7 @@ def _run_facts(recipe: Data, plan: Data, evaluation: Data) -> list[tuple[str, st
         ("corpus", corpus.get("dir") or (corpus.get("made_megabytes") and "made by the built-in grammar") or ""),
         ("teacher", f"{teacher_text}; precision {plan.get('teacher_precision')}" if teacher_text else ""),
         ("student", _shape(student) if student else ""),
-        (
-            "loss",
-            f"{loss['kd_weight']:g} · T² · {Loss.model_validate(loss).divergence_formula} "
-            f"at T = {loss['temperature']:g}, + {loss['ce_weight']:g} · cross-entropy"
-            if loss
-            else "",
-        ),
+        ("loss", Loss.model_validate(loss).formula if loss else ""),
         (
             "optimizer",
             f"AdamW, learning rate {optimizer['learning_rate']:g}, weight decay {optimizer['weight_decay']:g}"
@@ -129,7 +121,7 @@ def _curriculum(found: status.Status, index: Data) -> str:
                 f"{stage.trained_fraction:.0%}",
             ]
         )
-    return section("Curriculum", table(cells))
+    return section("Curriculum", table(cells, num_left=3))
 
 
 def _reading(index: Data) -> str:
@@ -150,77 +142,10 @@ def _reading(index: Data) -> str:
     return section("Corpora", *parts) if parts else ""
 
 
-def _curves(run: RunDirectory, index: Data) -> str:
-    metrics = _metrics(run)
-    if not metrics:
-        return ""
-    baseline = _metrics(run.part("baseline"))
-    spans = _spans(metrics)
-    distils = any(line["kd"] for line in metrics)
-    loss = [
-        Series(
-            "distillation (T² · divergence)", [(line["tokens"], line["kd"]) for line in metrics] if distils else [], 1
-        ),
-        Series("cross-entropy", [(line["tokens"], line["ce"]) for line in metrics], 2),
-        Series("cross-entropy without teacher", [(line["tokens"], line["ce"]) for line in baseline], 3),
-    ]
-    charts = [line_chart("Loss on the text trained", loss, spans, "tokens trained", "nats a token")]
-    bits = [
-        Series("student", _bits_per_byte(metrics, index), 1),
-        Series("student without teacher", _bits_per_byte(baseline, index), 3),
-    ]
-    if bits[0].points:
-        charts.append(line_chart("Bits per byte of the text trained", bits, spans, "tokens trained", "bits per byte"))
-    note = (
-        "Each step is measured before the model learns from it. Dashed lines part the stages of the curriculum, in "
-        "the order of the table above; the very first steps may lie above the picture."
-    )
-    return section("Curves", f'<div class="charts">{"".join(charts)}</div>', f'<p class="soft">{note}</p>')
-
-
-def _metrics(run: RunDirectory) -> list[Data]:
-    """Lines of ``metrics.jsonl`` with finite losses."""
-    return [
-        line
-        for line in entries(run.metrics)
-        if {"tokens", "stage", "kd", "ce"} <= line.keys() and math.isfinite(line["kd"]) and math.isfinite(line["ce"])
-    ]
-
-
-def _bits_per_byte(metrics: list[Data], index: Data) -> list[Point]:
-    """Cross-entropy over the mean bytes a token of the step's stage."""
-    bytes_per_token = {stage["name"]: stage["text_bytes"] / stage["tokens"] for stage in index.get("stages", [])}
-    return [
-        (line["tokens"], line["ce"] / math.log(2) / bytes_per_token[line["stage"]])
-        for line in metrics
-        if line["stage"] in bytes_per_token
-    ]
-
-
-def _spans(metrics: list[Data]) -> list[Span]:
-    """Stretches of tokens trained in one stage."""
-    spans: list[Span] = []
-    for line in metrics:
-        last = spans[-1].last if spans else 0.0
-        if spans and spans[-1].name == line["stage"]:
-            spans[-1] = Span(line["stage"], spans[-1].first, line["tokens"])
-        else:
-            spans.append(Span(line["stage"], last, line["tokens"]))
-    return spans
-
-
 def _evaluation(evaluation: Data) -> str:
     rows = evaluation.get("rows")
     if not rows:
         return ""
-    stages = [stage for stage in rows[0]["bits_per_byte"] if stage != "all"]
-    by_stage = [
-        ["bits per byte", *stages, "all"],
-        *(
-            [row["name"], *(results_table.number(row["bits_per_byte"][stage], ".4f") for stage in [*stages, "all"])]
-            for row in rows
-        ),
-    ]
     heldout = evaluation.get("heldout", {}).values()
     measured = sum(stage["text_bytes"] for stage in heldout)
     documents = sum(stage["documents"] for stage in heldout)
@@ -229,7 +154,10 @@ def _evaluation(evaluation: Data) -> str:
         f"documents, {evaluation['date']}. KL is in nats a token at T = 1."
     )
     return section(
-        "Evaluation", table(results_table.model_cells(rows)), f'<p class="soft">{escape(note)}</p>', table(by_stage)
+        "Evaluation",
+        table(results_table.model_cells(rows)),
+        f'<p class="soft">{escape(note)}</p>',
+        table(results_table.stage_cells(rows)),
     )
 
 
@@ -244,29 +172,30 @@ def _samples(evaluation: Data) -> str:
             if sample["prompt"] == prompt
         )
         groups.append(f'<div class="samples" lang="ko">{cards}</div><p></p>')
-    note = '<p class="soft">Sampled at temperature 0.8, top-p 0.95, all models with the same seed.</p>'
-    return section("Continuations", *groups, note) if groups else ""
+    drawn = Sampling()
+    note = f"Sampled at temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, all models with the same seed."
+    return section("Continuations", *groups, f'<p class="soft">{note}</p>') if groups else ""
 
 
 def _sessions(found: status.Status) -> str:
     if not found.sessions:
         return ""
-    cells = [["session", "training", "started", "steps", "tokens", "minutes", "ended", "machine"]]
+    cells = [["session", "training", "machine", "started", "ended", "steps", "tokens", "minutes"]]
     for one in found.sessions:
         is_now = found.state == "running" and one is found.sessions[-1]
         cells.append(
             [
                 str(one.number),
                 one.training,
+                one.machine,
                 datetime.fromtimestamp(one.started).strftime("%Y-%m-%d %H:%M"),
+                "now" if is_now else one.reason,
                 f"{one.first_step:,} → {one.step:,}",
                 f"{one.tokens:,}",
                 f"{one.seconds / 60:,.1f}",
-                "now" if is_now else one.reason,
-                one.machine,
             ]
         )
-    return section("Sessions", table(cells))
+    return section("Sessions", table(cells, num_left=5))
 
 
 def _reproduce(run: RunDirectory) -> str:
@@ -298,15 +227,6 @@ def _missing(missing: list[str], run: RunDirectory) -> str:
     if files:
         parts.append(f"<p>Not written, so not in this report: {escape(', '.join(files))}.</p>")
     return section("What is missing", *parts)
-
-
-def _json(path: Path) -> Data:
-    """A JSON object, or an empty one where there is none that can be read."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _toml(path: Path) -> Data:

@@ -22,16 +22,18 @@ p { margin: 8px 0; } .soft, figcaption { color: var(--soft); }
 .tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { padding-left: 0; text-align: left; }
+th { font-weight: 600; color: var(--soft); } .name { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { width: 24%; color: var(--soft); }
 .charts { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 12.5px; fill: var(--soft); }
+@media (max-width: 520px) { svg text:not(.span) { font-size: 17px; } }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); } .bound { stroke: var(--soft); stroke-dasharray: 3 4; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
-.key { display: inline-block; margin-left: 14px; white-space: nowrap; }
+figcaption > * { margin-right: 14px; } .key { display: inline-block; white-space: nowrap; }
 .key i { display: inline-block; width: 16px; height: 3px; margin-right: 6px; vertical-align: middle;
   background: var(--c); }
 .samples { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
@@ -65,11 +67,20 @@ def section(heading: str, *parts: str) -> str:
     return f"<h2>{escape(heading)}</h2>\n" + "\n".join(parts)
 
 
-def table(cells: Sequence[Sequence[str]]) -> str:
-    """Plain texts, header first: figures to the right, in a box that scrolls by itself on a narrow screen."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in cells[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in cells[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def table(cells: Sequence[Sequence[str]], num_left: int = 1) -> str:
+    """Plain texts, header first, in a box that scrolls by itself on a narrow screen.
+
+    Args:
+        num_left: so many columns are names, set to the left; the others are figures, set to the right.
+    """
+
+    def line(kind: str, texts: Sequence[str]) -> str:
+        marks = (' class="name"' if place < num_left else "" for place in range(len(texts)))
+        return "".join(f"<{kind}{mark}>{escape(text)}</{kind}>" for mark, text in zip(marks, texts, strict=True))
+
+    head, *body = (line(kind, texts) for kind, texts in zip(["th", *["td"] * (len(cells) - 1)], cells, strict=True))
+    rows = "".join(f"<tr>{row}</tr>" for row in body)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from daramgpt.errors import UserError
+from daramgpt.shards.encoded import Encoded, token_dtype
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPACE, _LINE_FEED = ord(" "), ord("\n")
@@ -36,54 +37,6 @@ _SPACE, _LINE_FEED = ord(" "), ord("\n")
 _BATCH_CHARACTERS = 100_000
 _Tokens = tuple[NDArray[Any], NDArray[np.uint32]]
 _PROBES = (("첫째 문장입니다.", "둘째 문장이다."), ("가나", "다. 라"), ("in 1997", "K리그"))
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Units of a text, or of several, as tokens.
-
-    Attributes:
-        token_ids: [tokens]
-        unit_tokens: [units], how many of them each unit has.
-        text_bytes: [units], UTF-8 bytes with the separator.
-        unit_bytes: [units], the same without it.
-        unknown_bytes: [units], those of them that became unknown tokens.
-    """
-
-    token_ids: NDArray[np.unsignedinteger[Any]]
-    unit_tokens: NDArray[np.uint32]
-    text_bytes: NDArray[np.uint32]
-    unit_bytes: NDArray[np.uint32]
-    unknown_bytes: NDArray[np.uint32]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all units, without separators."""
-        return int(self.unit_bytes.sum(dtype=np.int64))
-
-    def units(self, start: int, end: int, first_token: int, end_token: int) -> Encoded:
-        """Some of the units, and the tokens that are theirs."""
-        return Encoded(
-            self.token_ids[first_token:end_token],
-            self.unit_tokens[start:end],
-            self.text_bytes[start:end],
-            self.unit_bytes[start:end],
-            self.unknown_bytes[start:end],
-        )
-
-    def copy(self) -> Encoded:
-        """The same in memory of its own: a part of a block holds on to all of it."""
-        return Encoded(
-            self.token_ids.copy(),
-            self.unit_tokens.copy(),
-            self.text_bytes.copy(),
-            self.unit_bytes.copy(),
-            self.unknown_bytes.copy(),
-        )
-
-    def first(self, num_units: int) -> Encoded:
-        """The units before `num_units`."""
-        return self.units(0, num_units, 0, int(self.unit_tokens[:num_units].sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,11 +251,6 @@ def _begins_word(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.bool_] | N
     begins[[number for token, number in vocab.items() if token.startswith("▁")]] = True
     # Else a word whose first letter is unknown would begin with an unknown token.
     return begins if "▁" in vocab else None
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every token id."""
-    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def tokenizer_sha256(tokenizer_dir: Path) -> str:

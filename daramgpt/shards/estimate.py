@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from daramgpt import corpora
 from daramgpt.corpora import Corpus
 from daramgpt.curriculum import take_bytes
-from daramgpt.shards.encode import Encoder, token_dtype
+from daramgpt.shards.encode import Encoder
+from daramgpt.shards.encoded import token_dtype
 from daramgpt.shards.workers import encode_block
 from daramgpt.shards.writer import CREDIT_DTYPE
 from daramgpt.text_table import aligned, duration
@@ -49,7 +50,7 @@ def estimate(
     for stage in recipe.curriculum.stages:
         key = stage.corpus, stage.unit
         if key not in samples:
-            splitter = recipe.corpus.splitters.get(stage.corpus, "rules")
+            splitter = recipe.corpus.splitter(stage.corpus)
             samples[key] = _sample(found[stage.corpus], stage.unit, splitter, encoder)
         tokens_per_byte, seconds_per_byte = samples[key]
         text_bytes = take_bytes(recipe, stage)

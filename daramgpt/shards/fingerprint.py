@@ -43,7 +43,7 @@ def fingerprint(
             keys[f"curriculum.stages.{stage.name}.{key}"] = getattr(stage, key)
     for name, corpus in corpora.items():
         keys[f"corpus.formats.{name}"] = corpus.format
-        keys[f"corpus.splitters.{name}"] = recipe.corpus.splitters.get(name, "rules")
+        keys[f"corpus.splitters.{name}"] = recipe.corpus.splitter(name)
         if name in recipe.corpus.datasets:
             dataset = recipe.corpus.datasets[name]
             keys[f"corpus.datasets.{name}"] = dataset.model_dump()

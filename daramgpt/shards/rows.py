@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daramgpt.errors import UserError
-from daramgpt.shards.encode import token_dtype
+from daramgpt.shards.encoded import token_dtype
 from daramgpt.shards.writer import CREDIT_DTYPE, num_rows
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import numpy as np
 from daramgpt import corpora
 from daramgpt.corpora import Block, Corpus, Document, Gathering, ReadReport
 from daramgpt.curriculum import CorpusStream, cut, document_bytes, rest_of
-from daramgpt.shards.encode import Encoded, Encoder
+from daramgpt.shards.encode import Encoder
+from daramgpt.shards.encoded import Encoded
 from daramgpt.shards.workers import EncodedBlock, Workers
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class CorpusSource:
     ) -> None:
         self.unit = "sentence"
         self._encoder = encoder
-        self._splitter = recipe.corpus.splitters.get(corpus.name, "rules")
+        self._splitter = recipe.corpus.splitter(corpus.name)
         self._digests = folder / f"{corpus.name}.digests"
         # The next document: number of its block, and its number in it.
         self._block: int

@@ -35,7 +35,8 @@ from daramgpt import corpora, malloc
 from daramgpt.corpora import Block, ReadReport
 from daramgpt.curriculum import cut, document_bytes
 from daramgpt.errors import UserError
-from daramgpt.shards.encode import Encoded, Encoder
+from daramgpt.shards.encode import Encoder
+from daramgpt.shards.encoded import Encoded
 
 # Blocks handed out ahead of the one whose turn it is, beside those that workers are busy with.
 _BLOCKS_AHEAD = 2

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daramgpt.errors import UserError
-from daramgpt.shards.encode import Encoded, token_dtype
+from daramgpt.shards.encoded import Encoded, token_dtype
 
 CREDIT_DTYPE = np.dtype("<u4")
 _READ_BYTES = 1 << 20

@@ -16,6 +16,9 @@ from torch import nn
 # What an MLP calls its first linear layer and the activation behind it: GPT-2, GPT-NeoX, Llama.
 PAIRS = (("c_fc", "act"), ("dense_h_to_4h", "act"), ("gate_proj", "act_fn"))
 
+# oneDNN's name for it, and its algorithm.
+NO_ACTIVATION = ("none", "")
+
 
 def fuse_gelu(model: nn.Module) -> None:
     """Exchange transformers' ``gelu_new`` for torch's kernel of the same function."""
@@ -26,6 +29,9 @@ def fuse_gelu(model: nn.Module) -> None:
 
 def join_products(model: nn.Module, linear_type: type[nn.Module], compute_dtype: torch.dtype) -> None:
     """Have the linear layers of this type apply the activation behind them, which becomes the identity.
+
+    In bf16 the others too take oneDNN's product: it adds the bias to its accumulators, where torch first copies it to
+    every row of the result (4 to 9 % of a product's time at 4,096 tokens with AMX). In fp32 torch's own is as fast.
 
     Args:
         model: on a CPU; without oneDNN, or kernels of it for `compute_dtype`, it stays as it is.
@@ -41,6 +47,10 @@ def join_products(model: nn.Module, linear_type: type[nn.Module], compute_dtype:
             if isinstance(linear, linear_type) and names is not None:
                 linear.product = partial(product_with_activation, activation=names)  # type: ignore[assignment]
                 setattr(module, activation_name, nn.Identity())
+    if compute_dtype == torch.bfloat16:
+        for module in model.modules():
+            if isinstance(module, linear_type) and not isinstance(module.product, partial):
+                module.product = partial(product_with_activation, activation=NO_ACTIVATION)  # type: ignore[assignment]
 
 
 def product_with_activation(

@@ -33,6 +33,9 @@ OUTLIER_THRESHOLD = 6.0
 # Weights that share a scale. Where a row ends within a block, bitsandbytes' kernel for CPUs with AVX512 goes on with
 # the scale of the wrong block: values are off by 25 %, not 9 % (0.50.2).
 NF4_BLOCK = 64
+# On a CPU with AVX512-BF16 bitsandbytes says, as it is imported, that it has not found a kernel for few tokens at a
+# time, which nothing here would call; see `_leave_unpacked`.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quantisation(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -26,7 +26,7 @@ from daramgpt.recipe import Recipe, Schedule
 from daramgpt.run_directory import RunDirectory
 from daramgpt.shards import Feed, Prefetch, Shards
 from daramgpt.teacher import Teacher
-from daramgpt.train.out_of_memory import StepOutOfMemoryError, is_out_of_memory, with_less_memory
+from daramgpt.train.out_of_memory import StepOutOfMemoryError, as_step_fault, with_less_memory
 from daramgpt.train.schedule import learning_rate
 from daramgpt.train.session import Clock, StopRequest
 
@@ -67,11 +67,14 @@ def train(
 
     Raises:
         UserError: the loss is not finite, no checkpoint verifies, the disk is full, DeepSpeed refuses its config, the
-            teacher cannot be shown documents one by one, not even one row fits the memory.
+            teacher cannot be shown documents one by one, not even one row fits the memory, or this rank ran out of it
+            where others wait: then its line begins with `checkpoint.START_AGAIN`.
     """
     torch.set_num_threads(plan["num_threads"])
     torch.manual_seed(recipe.seed)
-    if recipe.engine.compile and teacher is not None:
+    if recipe.engine.compile != "none":
+        compiling.check()
+    if recipe.engine.compile == "all" and teacher is not None:
         compiling.compile_blocks(teacher.model)
     while True:
         position, tensors, loss_scaler = _newest(run, plan, console, label)
@@ -92,12 +95,18 @@ def train(
         )
         assert feed.num_steps == plan["num_steps"], "the plan was made for these shards"
         with contextlib.closing(distiller):
+            if not distiller.is_same_on_all_ranks(position["step"]):
+                raise UserError(
+                    f"{run.checkpoints}: the newest checkpoint, here of step {position['step']}, is not the same on "
+                    "every node",
+                    "share one run directory between the nodes, or copy the first node's to the others",
+                )
             try:
                 return _loop(
                     recipe, run, plan, feed, distiller, position, stop, console, Ledger(ledger), machine, label
                 )
             except StepOutOfMemoryError as error:
-                plan = with_less_memory(plan, run, console, label, str(error))
+                plan = with_less_memory(plan, run, console, label, error)
 
 
 def _newest(
@@ -135,7 +144,7 @@ def build_distiller(
     )
     if tensors is not None:
         model.load_state_dict(tensors["weights"], strict=False)
-    if recipe.engine.compile:
+    if recipe.engine.compile == "all":
         compiling.compile_blocks(model)
     if recipe.engine.activation_checkpointing:
         student.checkpoint_activations(model)
@@ -155,6 +164,7 @@ def build_distiller(
         teacher,
         run.log,
         document_start_id,
+        recipe.engine.compile != "none",
     )
 
 
@@ -195,7 +205,7 @@ def _loop(
         asked = stop.reason(needed) or ("deadline" if clock.seconds + needed > budget_seconds else None)
         return asked is not None, time.monotonic() - saved_at >= 60 * recipe.checkpoint.every_minutes
 
-    fault: str | None = None
+    fault: StepOutOfMemoryError | None = None
     with (
         TrainingDisplay(console, run.metrics, label, num_steps, position["step"], distiller.is_first) as display,
         contextlib.closing(Prefetch(feed, distiller.device)) as rows,
@@ -214,22 +224,22 @@ def _loop(
             if position["step"] > saved_step:
                 save()
             reason = "done" if position["step"] >= num_steps else reason
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            fault = str(error).splitlines()[0]
+        except (StepOutOfMemoryError, RuntimeError) as error:
+            fault = as_step_fault(error, distiller.world_size)
         finally:
             if distiller.is_first and fault is None:
                 ledger.end(saved_step, position["tokens"], clock.seconds, reason or "failed")
     if fault is not None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        # Other ranks wait in the step that this one has left; they cannot save with it.
-        if distiller.is_intact and distiller.world_size == 1 and position["step"] > saved_step:
-            save()
+        if fault.is_shared and distiller.is_intact and position["step"] > saved_step:
+            try:
+                save()
+            except RuntimeError as error:
+                fault = as_step_fault(error, distiller.world_size)
         if distiller.is_first:
             ledger.end(saved_step, position["tokens"], clock.seconds, "out of memory")
-        raise StepOutOfMemoryError(fault)
+        raise fault
     assert reason is not None
     return reason
 

@@ -1,21 +1,32 @@
-"""The command line: arguments in, exit codes out.
+"""The command line: a function a command, its arguments as typer reads them.
 
-0 = done, or stopped on its own deadline with everything saved; 2 = the user can mend it (one line says how);
-1 = a fault of the program. Heavy imports wait inside the commands, so that ``--help`` answers at once.
+Heavy imports wait inside the commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from daramgpt.cli import exit_codes
+from daramgpt.cli.options import (
+    CorpusOption,
+    DsConfigOption,
+    HostfileOption,
+    HoursOption,
+    MasterAddrOption,
+    MasterPortOption,
+    NodeRankOption,
+    NumGpusOption,
+    RecipeArgument,
+    RunOption,
+    SetOption,
+)
 
 if TYPE_CHECKING:
     from daramgpt.launcher import Nodes
@@ -31,30 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or the path of a .toml file.")]
-CorpusOption = Annotated[Path | None, typer.Option("--corpus", help="Folder that holds the corpora.")]
-DsConfigOption = Annotated[str | None, typer.Option("--ds-config", help="A name in ds_configs/, or a .json file.")]
-HoursOption = Annotated[
-    float | None, typer.Option("--hours", min=0.0, help="Stop training so long after the session began.")
-]
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory; default: runs/RECIPE.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key.")]
-NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ranks on this machine; default: all.")]
-HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile of several machines.")]
-NodeRankOption = Annotated[
-    int | None, typer.Option("--node-rank", min=0, help="One command a node: line of this machine in the hostfile.")
-]
-MasterAddrOption = Annotated[
-    str | None, typer.Option("--master-addr", help="Address of the first node; default: its name in the hostfile.")
-]
-MasterPortOption = Annotated[
-    int | None, typer.Option("--master-port", min=1, max=65535, help="Free port of the first node; default: 29500.")
-]
-
-
-# A failed write of data, unlike a failed opening, does not say which file it was for.
-_folder_in_use: Path | None = None
-
 
 def _begin(
     recipe: str,
@@ -69,8 +56,7 @@ def _begin(
     from daramgpt.progress import Console
 
     resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
-    global _folder_in_use
-    _folder_in_use = directory.path
+    exit_codes.note_folder(directory.path)
     if keeps_log:
         try:
             directory.path.mkdir(parents=True, exist_ok=True)
@@ -293,50 +279,6 @@ def train_rank(
     commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours, session_start)
 
 
-# As shells say that Ctrl-C ended a command.
-_INTERRUPTED = 128 + signal.SIGINT
-
-
 def main() -> None:
     """Run a command and turn what goes wrong into exit codes."""
-    sys.exit(_guarded(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))
-
-
-def _guarded(run: Callable[[], Any]) -> int:
-    from typer.exceptions import TyperException
-
-    from daramgpt.errors import UserError
-    from daramgpt.launcher import RankError
-
-    try:
-        result = run()
-        # typer turns Ctrl-C into this result.
-        if result == _INTERRUPTED:
-            raise KeyboardInterrupt
-        return result if isinstance(result, int) else 0
-    except UserError as error:
-        return _refuse(str(error))
-    except TyperException as error:
-        # Usage errors: typer's own line names the option.
-        return _refuse(f"{error.format_message()}; see python -m daramgpt --help")
-    except (KeyboardInterrupt, typer.Abort):
-        _refuse("interrupted; what was saved before stays, the same command goes on from there")
-        return _INTERRUPTED
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
-            where = error.filename or _folder_in_use or "a file"
-            return _refuse(
-                f"{where} could not be written: {error.strerror}; "
-                "make room there, or give another --run, and run the same command again"
-            )
-        raise
-    except RankError as error:
-        print(error, file=sys.stderr)
-        return 1
-
-
-def _refuse(line: str) -> int:
-    from daramgpt.launcher import REFUSAL
-
-    print(f"{REFUSAL}{' '.join(line.split())}", file=sys.stderr)
-    return 2
+    sys.exit(exit_codes.guarded(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))

@@ -1,0 +1,173 @@
+"""Training a run: its ranks, its parts one after the other, as far as the session goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daramgpt import hardware
+from daramgpt import recipe as recipes
+from daramgpt.commands.parts import export_teacher, load_teacher, open_shards, parts_of, teacher_dir
+from daramgpt.errors import UserError
+from daramgpt.recipe import Recipe
+from daramgpt.run_directory import RunDirectory, locked, write_atomically
+
+if TYPE_CHECKING:
+    from daramgpt.launcher import Nodes
+    from daramgpt.progress import Console
+    from daramgpt.train import StopRequest
+
+
+def train_on_ranks(
+    recipe: Recipe,
+    run: RunDirectory,
+    console: Console,
+    hours: float | None,
+    num_gpus: int | None,
+    nodes: Nodes | None,
+) -> None:
+    """Train in this process, or where the plan has several ranks, in as many that DeepSpeed's launcher starts.
+
+    Args:
+        recipe, run: as from `resolve`.
+        console: for lines.
+        hours: as from `train`.
+        num_gpus: ranks on this machine that the command line asks for; must be those of the plan.
+        nodes: several machines; as from `launcher.read_nodes`.
+
+    Raises:
+        UserError: there is no plan or it is for other ranks, the shards are missing, or a rank refused to go on.
+        launcher.RankError: a rank failed.
+    """
+    from daramgpt import launcher, planner
+
+    node_rank = nodes.node_rank if nodes else None
+    where = f" on the first node, and share its run directory or copy it to {run.path}" if node_rank else ""
+    frozen = planner.read_plan(run)
+    if frozen is None:
+        raise UserError(f"{run.plan} is missing", f"plan the run first{where}: python -m daramgpt plan {recipe.name}")
+    world_size = frozen["world_size"]
+    _check_ranks(run, world_size, num_gpus, nodes)
+    if nodes is not None and not (run.shards / "index.json").is_file():
+        raise UserError(f"{run.shards} holds no shards", f"prepare the run first{where}")
+    with locked(run, node_rank):
+        if not node_rank:
+            # That of another node is not this one's to remove.
+            run.stop_request.unlink(missing_ok=True)
+        if world_size == 1:
+            train(recipe, run, console, hours)
+            return
+        if nodes is not None and node_rank is not None:
+            console(
+                f"node {node_rank} of {len(nodes.slots)}: joining {nodes.address}:{nodes.port}; "
+                f"node 0 shows the progress, what goes wrong here is in {run.node_log(node_rank)}"
+            )
+        write_atomically(run.session_recipe(node_rank), recipes.dump(recipe))
+        arguments = ["train-rank", str(run.path), "--node", str(node_rank or 0), "--session-start"]
+        arguments += [str(_session_start()), *(["--hours", str(hours)] if hours is not None else [])]
+        launcher.start_ranks(arguments, world_size, nodes, run, console)
+
+
+def _check_ranks(run: RunDirectory, world_size: int, num_gpus: int | None, nodes: Nodes | None) -> None:
+    """Refuse ranks other than those of the plan: every one of them has its share of each batch."""
+    asked = nodes.num_ranks if nodes else num_gpus
+    option = "--hostfile" if nodes else "--num-gpus"
+    gpus = hardware.detect().gpus
+    if asked is None and 0 < len(gpus) < world_size:
+        asked, option = len(gpus), "this machine's GPUs"
+    if asked not in (None, world_size):
+        raise UserError(
+            f"{run.plan} is for {world_size} ranks, {option}: {asked}",
+            "give train the --num-gpus or --hostfile that plan was given, or remove the plans and plan again",
+        )
+
+
+def train(
+    recipe: Recipe, run: RunDirectory, console: Console, hours: float | None, session_start: float | None = None
+) -> str:
+    """Train the run and its parts on this rank, as far as the session goes.
+
+    Args:
+        recipe, run: as from `resolve`.
+        console: for lines.
+        hours: of this session; None = as the recipe says.
+        session_start: Unix time; None = as ``launch.sh`` says, else now.
+
+    Returns:
+        ``done``, ``deadline`` or ``interrupted``.
+
+    Raises:
+        UserError: a part has no plan, the shards are missing, or what is to be trained from cannot be used.
+    """
+    from daramgpt import launcher, planner
+    from daramgpt.train import StopRequest
+
+    hours = recipe.budget.session_hours if hours is None else hours
+    start = _session_start() if session_start is None else session_start
+    stop = StopRequest(None if hours is None else start + 3600 * hours, run.stop_request)
+    stop.listen()
+    machine = hardware.detect().describe()
+    for label, part, part_run in parts_of(recipe, run):
+        frozen = planner.read_plan(part_run)
+        if frozen is None:
+            raise UserError(f"{part_run.plan} is missing", f"run: python -m daramgpt plan {recipe.name}")
+        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine)
+        if reason != "done":
+            console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
+            return reason
+        if label == "teacher":
+            if os.environ.get("RANK", "0") == "0":
+                export_teacher(part, part_run, run)
+            # The others must not load it before it is there.
+            launcher.check_agreement({"the teacher": "exported"}, run.log)
+    return "done"
+
+
+def _train_part(
+    label: str,
+    part: Recipe,
+    part_run: RunDirectory,
+    frozen: dict[str, Any],
+    run: RunDirectory,
+    stop: StopRequest,
+    console: Console,
+    machine: str,
+) -> str:
+    """One training; returns at once where all its steps are trained."""
+    from daramgpt import checkpoint, launcher
+
+    saved = checkpoint.newest(part_run.checkpoints, console)
+    facts = {
+        "settings": part.model_dump_json(exclude={"corpus": True, "teacher": {"model"}, "engine": {"ds_config"}}),
+        "plan.json": json.dumps(frozen),
+        "shards": _text(run.shards / "index.json"),
+        "checkpoints": f"{saved.path.name} {saved.sha256}" if saved else "none",
+    }
+    if part.teacher is not None:
+        facts["the teacher's config.json"] = _text(teacher_dir(part, run) / "config.json")
+    launcher.check_agreement(facts, run.log)
+    if saved is not None and saved.state["step"] >= frozen["num_steps"]:
+        console(f"{label}: all {frozen['num_steps']:,} steps are trained")
+        return "done"
+    # What is not needed to find that out is imported from here on.
+    from daramgpt.train import train as train_loop
+
+    loaded = None
+    if part.teacher is not None:
+        loaded = load_teacher(part, run, frozen)
+        weights = f"{frozen['teacher_precision']}, {loaded.weight_bytes / 1e6:,.1f} MB"
+        console(f"teacher: {loaded.num_parameters:,} parameters, {weights}")
+    return train_loop(part, part_run, open_shards(run), frozen, loaded, stop, console, run.ledger, machine, label)
+
+
+def _session_start() -> float:
+    """Unix time at which the session began; ``launch.sh`` says when."""
+    return float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
+
+
+def _text(path: Path) -> str:
+    """Of a small file; empty where there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,156 @@
+"""Ranks of which one runs out of memory where it is told to.
+
+As a program it is one rank of those that RANK and WORLD_SIZE name: it reads a folder from `tiny_training.make_texts`
+and a file of `Case` objects as JSON, and trains a run for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_training import CONTEXT, Training
+
+from daramgpt import planner
+from daramgpt.engine import DistillationModel
+from daramgpt.losses import DistillationHead
+from daramgpt.teacher import Teacher
+
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
+NUM_RANKS = 2
+# What is called once a micro-batch, its first argument of one row a row or a token.
+PLACES: dict[str, tuple[Any, str]] = {
+    "teacher": (Teacher, "hidden_states"),
+    "forward": (DistillationModel, "forward"),
+    "head": (DistillationHead, "forward"),
+    "backward": (DistillationModel, "forward"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One rank has no room for more than so many rows, from a micro-batch on.
+
+    Attributes:
+        rank: that fails.
+        place: of `PLACES`.
+        micro_batch: of this process, from 1.
+        most_rows: that still fit.
+    """
+
+    rank: int
+    place: str
+    micro_batch: int
+    most_rows: int
+
+    @contextlib.contextmanager
+    def caused(self) -> Iterator[None]:
+        """It happens while this is entered, in the process of its rank."""
+        owner, name = PLACES[self.place]
+        original, calls = getattr(owner, name), 0
+
+        def fail(*_: Any) -> None:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+        def failing(thing: Any, first: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            rows = len(first) // (CONTEXT if self.place == "head" else 1)
+            is_due = calls >= self.micro_batch and rows > self.most_rows
+            if is_due and self.place != "backward":
+                fail()
+            result = original(thing, first, *arguments, **options)
+            if is_due:
+                result[0].register_hook(fail)
+            return result
+
+        if int(os.environ["RANK"]) == self.rank:
+            setattr(owner, name, failing)
+        yield
+        setattr(owner, name, original)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training.
+
+    Attributes:
+        folder: of its run.
+        ds_config: name or file.
+        micro_batch_rows: at its beginning.
+        fault: None trains undisturbed.
+    """
+
+    folder: str
+    ds_config: str
+    micro_batch_rows: int
+    fault: Fault | None = None
+
+    def training(self, texts: Path) -> Training:
+        """The same on every rank; the first process that makes it prepares its shards."""
+        return Training(texts, Path(self.folder), self.ds_config, world_size=NUM_RANKS)
+
+    def train(self, texts: Path) -> None:
+        training = self.training(texts)
+        plan = planner.with_micro_batch(training.plan, self.micro_batch_rows)
+        with self.fault.caused() if self.fault is not None else contextlib.nullcontext():
+            assert training(plan) == "done"
+
+
+def train_on_ranks(texts: Path, cases: list[Case], folder: Path) -> list[Training]:
+    """The cases, each trained by as many processes as there are ranks.
+
+    Raises:
+        AssertionError: a rank failed, or they did not end in ten minutes.
+    """
+    trainings = [case.training(texts) for case in cases]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+    ranks = []
+    for rank in range(NUM_RANKS):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "OMP_NUM_THREADS": 1}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+        variables["PYTHONPATH"] = str(Path(__file__).parents[1])
+        with (folder / f"rank-{rank}.txt").open("w") as output:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-W", "ignore", __file__, str(texts), str(folder / "cases.json")],
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+                )
+            )
+    try:
+        codes = [process.wait(timeout=600) for process in ranks]
+    except subprocess.TimeoutExpired:
+        codes = [1]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    said = [(folder / f"rank-{rank}.txt").read_text() for rank in range(NUM_RANKS)]
+    assert not any(codes), "\n".join(text[-3000:] for text in said)
+    return trainings
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    texts, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    for fields in cases:
+        fault = fields.pop("fault")
+        Case(**fields, fault=fault and Fault(**fault)).train(texts)
+
+
+if __name__ == "__main__":
+    main()
