@@ -208,6 +208,29 @@ def test_low_precision_gradient_of_the_weight_is_summed_in_fp32(num_chunks: int)
     assert (found.double() - 0.37 * expected).norm() / (0.37 * expected).norm() < 2e-3
 
 
+def test_a_second_forward_before_the_first_backward_has_a_sum_of_its_own(case: dict[str, Tensor]) -> None:
+    """The sum of a low-precision gradient is a buffer that calls share, one after the other."""
+    weight = torch.nn.Parameter(case["student_weight"].bfloat16())
+    head = DistillationHead(weight, objective=Objective(1.0, 0.0, 1.0), chunk_tokens=8)
+    hidden, labels = case["student_hidden"].bfloat16(), case["labels"]
+
+    def gradient(rows: slice) -> Tensor:
+        weight.grad = None
+        head(hidden[rows], labels[rows])[0].backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    parts = [slice(0, 20), slice(20, N)]
+    expected = [gradient(rows) for rows in parts]
+    held = head.workspace.num_bytes
+    losses = [head(hidden[rows], labels[rows])[0] for rows in parts]
+    for loss, value in zip(losses, expected, strict=True):
+        weight.grad = None
+        loss.backward()
+        assert weight.grad is not None and torch.equal(weight.grad, value)
+    assert head.workspace.num_bytes == held
+
+
 def test_realistic_vocabulary_matches_fp64() -> None:
     """512 tokens of a large vocabulary: more rows than one block of the softmax arithmetic, a ragged last one."""
     torch.manual_seed(1)

@@ -57,7 +57,12 @@ class WeightGradient:
         """The share of a chunk; both have the weight's dtype."""
         left, right = (hidden_CD.T.contiguous(), grad_CV) if self._is_turned else (grad_CV.T, hidden_CD)
         if self._total is None:
-            self._total = torch.empty(left.shape[0], right.shape[1], dtype=self._wide, device=self._device)
+            shape = left.shape[0], right.shape[1]
+            if self._dtype == self._wide:
+                # It becomes the gradient.
+                self._total = torch.empty(shape, dtype=self._wide, device=self._device)
+            else:
+                self._total = self._workspace.borrow("sum", *shape, self._wide, self._device)
             if has_wide_products(self._device.type, self._dtype):
                 self._multiply(left, right, self._total)
             else:
@@ -82,16 +87,20 @@ class WeightGradient:
         if self._dtype == self._wide:
             return scale_(total, factor)
         out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        if self._is_compiled:
-            _compiled(_scale_into)(total.T if self._is_turned else total, factor, out)
-            return out
-        if not self._in_blocks:
-            return out.copy_(scale_(total, factor))
-        for part, block in self._blocks(total.T if self._is_turned else total, out):
-            scale_(part, factor)
-            # Cast first: half as much is then turned over.
-            block.copy_(part.T.to(self._dtype).T if self._is_turned else part)
+        self._scale_and_cast(total.T if self._is_turned else total, factor, out)
+        self._workspace.give_back("sum", total)
         return out
+
+    def _scale_and_cast(self, total_VD: Tensor, factor: Tensor, out: Tensor) -> None:
+        if self._is_compiled:
+            _compiled(_scale_into)(total_VD, factor, out)
+        elif not self._in_blocks:
+            out.copy_(scale_(total_VD, factor))
+        else:
+            for part, block in self._blocks(total_VD, out):
+                scale_(part, factor)
+                # Cast first: half as much is then turned over.
+                block.copy_(part.T.to(self._dtype).T if self._is_turned else part)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """In a buffer, as wide as the device gives it."""

@@ -25,6 +25,17 @@ class Workspace:
                 buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(num_rows, num_columns)
 
+    def borrow(self, name: str, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As `take`, of what outlives the call: nobody else gets it until it is given back."""
+        tensor = self.take(name, num_rows, num_columns, dtype, device)
+        del self._buffers[name, dtype, device]
+        return tensor
+
+    def give_back(self, name: str, tensor: Tensor) -> None:
+        """A contiguous tensor that was borrowed under that name."""
+        buffer = tensor.view(-1)
+        self._buffers.setdefault((name, tensor.dtype, tensor.device), buffer)
+
     @property
     def num_bytes(self) -> int:
         """Bytes held."""
