@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daramgpt import ds_config, gpu_table, hardware, planner
+from daramgpt import compiling, ds_config, gpu_table, hardware, planner
 from daramgpt import recipe as recipes
 from daramgpt.errors import UserError
 from daramgpt.planner import probe
@@ -82,6 +82,8 @@ def make_plans(
         if fault := hardware.dtype_fault(machine, dtype):
             reason = chosen.reasons["ds_config"]
             raise UserError(f"ds_config {config_name}: {fault}", f"use {chosen.ds_config} ({reason})")
+    if whole.engine.compile != "none":
+        compiling.check()
     device = torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
     num_threads = max(1, machine.num_cores // ranks_here)
     torch.set_num_threads(num_threads)

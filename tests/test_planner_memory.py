@@ -157,8 +157,9 @@ def test_components_of_the_full_pair() -> None:
     assert parts["student weights"] == 2 * STUDENT.parameters
     assert parts["optimizer"] == 12 * STUDENT.parameters
     assert parts["activations"] == 4096 * (16 * 4 + 2) * 768 * 2
-    # Wide logits of the student, their gradient, the teacher's logits or the product in their place, two blocks.
-    assert parts["loss buffers"] == 655 * 51200 * (4 + 2) + 51200 * 768 * 4 + 2 * 2**26
+    # Wide logits of the student, their gradient, the teacher's logits or the product in their place, the sum of such
+    # products, two blocks.
+    assert parts["loss buffers"] == 655 * 51200 * (4 + 2) + 2 * 51200 * 768 * 4 + 2 * 2**26
     assert 1.2e9 < parts["teacher weights"] < 1.4e9
     assert needed.host_bytes == 0 and needed.device_bytes == sum(parts.values())
 

@@ -60,7 +60,7 @@ def needed_memory(step: Step) -> Memory:
         hidden_bytes = step.tokens * step.teacher.n_embd * step.width_bytes
         teacher_bytes = _teacher_forward(step)
     device["loss buffers"] = _loss_buffers(step)
-    head_gradient = step.student.head_parameters * (4 + (step.width_bytes if step.width_bytes < 4 else 0))
+    head_gradient = step.student.head_parameters * step.width_bytes
     hidden_gradient = step.tokens * step.student.n_embd * step.width_bytes
     # The head's gradient waits for the embedding's, for both are one parameter.
     of_loss = activations + hidden_bytes + hidden_gradient + head_gradient
@@ -126,7 +126,9 @@ def _bucket_bytes(step: Step) -> float:
         return 0.0
     zero = step.ds_config["zero_optimization"]
     numbers = min(float(zero.get("reduce_bucket_size", 5e8)), step.student.parameters)
-    return numbers * step.width_bytes * (2 if zero.get("overlap_comm") and step.device == "cuda" else 1)
+    # What is reduced while the next one fills; a rank that is alone has nothing to reduce.
+    has_second = zero.get("overlap_comm") and step.device == "cuda" and step.world_size > 1
+    return numbers * step.width_bytes * (2 if has_second else 1)
 
 
 def _activation_bytes(step: Step) -> float:
@@ -174,4 +176,6 @@ def _loss_buffers(step: Step) -> float:
     if width < 4:
         # The teacher's logits give way to a chunk's product for the head's gradient.
         teacher = max(teacher, (width if step.device == "cpu" else 4) * step.student.head_parameters)
+        # Those products are summed in fp32.
+        blocks += 4 * step.student.head_parameters
     return student + teacher + blocks

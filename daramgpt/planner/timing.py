@@ -116,7 +116,8 @@ def measure(step: Step, recipe: Recipe, device: torch.device) -> Timings:
         teacher_block, teacher_ends = _teacher_seconds(
             timed, _one_block(step.teacher), step.teacher_precision, half_accumulation
         )
-    loss, loss_backward = _loss_seconds(timed, step, recipe.loss)
+    # Compiled blocks are timed as they are without a compiler: they gain little, and compiling them takes long.
+    loss, loss_backward = _loss_seconds(timed, step, recipe.loss, recipe.engine.compile != "none")
     gradient, optimizer, bandwidth = _parameter_seconds(timed, step.student.parameters)
     # Trials of micro-batches may follow, in processes of their own, while this one waits.
     malloc.return_freed_memory()
@@ -246,7 +247,7 @@ def _teacher_seconds(timed: _Pass, shape: Shape, precision: str, half_accumulati
     return max(whole - ends, 0.0), ends
 
 
-def _loss_seconds(timed: _Pass, step: Step, loss: Loss) -> tuple[float, float]:
+def _loss_seconds(timed: _Pass, step: Step, loss: Loss, is_compiled: bool) -> tuple[float, float]:
     """Of the tokens of a forward pass, and of the backward pass behind it."""
     import torch
     from torch import nn
@@ -268,6 +269,7 @@ def _loss_seconds(timed: _Pass, step: Step, loss: Loss) -> tuple[float, float]:
         nn.Parameter(random(vocab_size, step.student.n_embd)),
         objective=Objective(**loss.model_dump()),
         chunk_tokens=step.chunk_tokens,
+        is_compiled=is_compiled,
     )
     hidden = random(num_tokens, step.student.n_embd).requires_grad_()
     labels = torch.randint(vocab_size, (num_tokens,), generator=generator).to(timed.device)
@@ -284,7 +286,7 @@ def _loss_seconds(timed: _Pass, step: Step, loss: Loss) -> tuple[float, float]:
         result.backward()
         head.weight.grad = hidden.grad = None
 
-    backward(forward(step.chunk_tokens))
+    backward(forward(num_tokens if is_compiled else step.chunk_tokens))
     seconds, backward_seconds = typical_seconds(timed.device, forward, backward)
     return seconds * timed.tokens / num_tokens, backward_seconds
 
