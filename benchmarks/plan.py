@@ -10,15 +10,12 @@ own. What is predicted is not fitted to any row of `small` and `full`: the const
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ import torch
 
 from benchmarks import command, machine
 from benchmarks.inputs import SHAPES
-from benchmarks.machine import SIDE_ENVIRONMENT
+from benchmarks.side_process import answer_of
 from daramgpt import ds_config, hardware, planner, student, teacher
 from daramgpt import recipe as recipes
 from daramgpt.engine import Distiller, import_deepspeed
@@ -119,14 +116,14 @@ FITTED_ON = {
 def measure(row: Row, num_steps: int, folder: Path) -> dict[str, Any]:
     """One row of the result: prediction, then measurement, each in a process of its own."""
     start = time.perf_counter()
-    timings = _in_process(_timings, row)
+    timings = answer_of(_timings, row)
     timing_seconds, step = time.perf_counter() - start, row.step()
     needed = planner.needed_memory(step)
     speed = planner.tokens_per_second(step, timings)
     teacher_dir = folder / row.name.partition("-")[0]
     if row.teacher is not None and not teacher_dir.is_dir():
-        _in_process(_write_teacher, row, teacher_dir)
-    measured = _in_process(_train, row, num_steps, teacher_dir if row.teacher else None, folder / "log.txt")
+        answer_of(_write_teacher, row, teacher_dir)
+    measured = answer_of(_train, row, num_steps, teacher_dir if row.teacher else None, folder / "log.txt")
     measured_speed = step.tokens * step.micro_batches / statistics.median(measured["seconds"])
     return {
         "name": row.name,
@@ -147,28 +144,6 @@ def measure(row: Row, num_steps: int, folder: Path) -> dict[str, Any]:
         "timing_seconds": timing_seconds,
         "predicted_seconds": planner.step_seconds(step, timings),
     }
-
-
-def _in_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer of a fresh process with the allocator's settings of a run."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    os.environ.update(SIDE_ENVIRONMENT)
-    process = context.Process(target=_answer, args=(theirs, work, *arguments))
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"{work.__name__} ended with exit code {process.exitcode}; see above") from None
-    process.join()
-    return answer
-
-
-def _answer(connection: Connection, work: Callable[..., Any], *arguments: Any) -> None:
-    torch.set_num_threads(hardware.detect().num_cores)
-    connection.send(work(*arguments))
 
 
 def _timings(row: Row) -> planner.Timings:

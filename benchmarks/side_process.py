@@ -15,6 +15,7 @@ import transformers
 from benchmarks.machine import SIDE_ENVIRONMENT
 from daramgpt import hardware
 from daramgpt.engine import import_deepspeed
+from daramgpt.errors import UserError
 
 
 class SideProcess:
@@ -74,6 +75,31 @@ class SideProcess:
         self._connection.close()
         self._process.terminate()
         self._process.join()
+
+
+def answer_of(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` gives in a fresh process, started as training is; both are to be found by import.
+
+    Raises:
+        UserError: `work` has.
+        RuntimeError: the process ended without an answer.
+    """
+    process = SideProcess(work.__name__, _answer, work, *arguments)
+    answer, fault = process.receive()
+    process.finish()
+    if fault is not None:
+        raise UserError(*fault)
+    return answer
+
+
+def _answer(work: Callable[..., Any], *arguments: Any) -> None:
+    *given, connection = arguments
+    torch.set_num_threads(hardware.detect().num_cores)
+    try:
+        connection.send((work(*given), None))
+    except UserError as error:
+        # An exception is pickled with the one argument that it prints.
+        connection.send((None, (error.fault, error.mend)))
 
 
 @contextmanager

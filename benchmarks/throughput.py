@@ -24,6 +24,7 @@ from benchmarks import command, inputs, ladder, largest_micro_batch
 from benchmarks.inputs import Measured
 from benchmarks.ladder import OURS, REFERENCE
 from benchmarks.ladder_plan import Settings, plan
+from benchmarks.side_process import answer_of
 from benchmarks.sides import LeftOutError, OutOfMemoryError, Side
 from benchmarks.throughput_result import Measurement, format_result, result
 from daramgpt import hardware, planner
@@ -188,7 +189,8 @@ def measure(
     on_gpu = device.type == "cuda"
     cap_bytes = min(cap_bytes, here.gpu_memory_bytes if on_gpu else here.memory_bytes)
     step_tokens = recipes.load("daramgpt").optimizer.batch_tokens if on_gpu else measured.step_tokens
-    settings = plan(measured, made, cap_bytes, step_tokens, config_name)
+    # As a run plans: with the allocator's settings, which decide how fast the parts of a step are.
+    settings = answer_of(plan, measured, made, cap_bytes, step_tokens, config_name)
     say(f"inputs made, plan: {settings}")
     sides = Sides(shape, measured, folder, settings, cap_bytes, say)
     dtypes = [ladder.dtype_of(name, settings) for name in (REFERENCE, OURS)]

@@ -35,7 +35,7 @@ def test_a_row_is_a_whole_training(row: plan.Row) -> None:
 def test_names_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     measured: list[str] = []
     timings = Timings(2048, *[1e-3] * 6, 1e-9, 1e-9, 1e10, "here")
-    monkeypatch.setattr(plan, "_in_process", lambda work, row, *_: answers(work, row))
+    monkeypatch.setattr(plan, "answer_of", lambda work, row, *_: answers(work, row))
 
     def answers(work: Any, row: plan.Row) -> Any:
         if work is plan._timings:
