@@ -99,6 +99,14 @@ def test_the_clock_averages_seconds_a_token_over_the_newest_steps() -> None:
     assert clock.token_seconds == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_last_step_of_few_tokens_does_not_change_the_speed() -> None:
+    clock = Clock(time.monotonic(), 0.0)
+    for _ in range(3):
+        clock.stepped(1.0, 2048)
+    clock.stepped(0.5, 35)
+    assert clock.token_seconds == pytest.approx(1 / 2048, rel=0.05)
+
+
 def test_another_step_takes_what_is_left_of_this_one_and_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 50.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # A measurement ends when it has so many repetitions and seconds, at the latest after these seconds.
 FEWEST_REPETITIONS, MOST_REPETITIONS = 3, 10
 FEWEST_SECONDS, MOST_SECONDS = 0.3, 1.0
+# Before it: the first passes of a process take up to twice as long, in which its heap comes to rest.
+WARM_UP_PASSES, WARM_UP_SECONDS = 4, 1.0
 # More rows take as many times longer.
 MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Chunks of the loss, where a forward pass has more: the first begins sums, all that follow are alike.
@@ -138,6 +140,15 @@ def measure(step: Step, recipe: Recipe, device: torch.device) -> Timings:
     )
 
 
+def warm_up(run: Callable[[], Any]) -> None:
+    """A few passes that are not timed; one at the least."""
+    start = time.perf_counter()
+    for _ in range(WARM_UP_PASSES):
+        run()
+        if time.perf_counter() - start > WARM_UP_SECONDS:
+            return
+
+
 def typical_seconds(
     device: torch.device, run: Callable[[], Any], then: Callable[[Any], object] | None = None
 ) -> tuple[float, float]:
@@ -207,7 +218,7 @@ def _student_seconds(timed: _Pass, shape: Shape, vocab_size: int, recomputes: bo
         # As an engine does that has taken them.
         model.zero_grad(set_to_none=True)
 
-    run()
+    warm_up(run)
     whole, _ = typical_seconds(timed.device, run)
     body.h = nn.ModuleList()
     ends, _ = typical_seconds(timed.device, run)
@@ -240,7 +251,7 @@ def _teacher_seconds(timed: _Pass, shape: Shape, precision: str, half_accumulati
     def run() -> None:
         loaded.hidden_states(ids, documents)
 
-    run()
+    warm_up(run)
     whole, _ = typical_seconds(timed.device, run)
     loaded.model.base_model.h = nn.ModuleList()
     ends, _ = typical_seconds(timed.device, run)

@@ -54,6 +54,7 @@ class Clock:
     used_before: float
     save_seconds: float = 1.0
     token_seconds: float = 0.0
+    most_tokens: int = 0
     step_started: float = 0.0
 
     @property
@@ -72,6 +73,10 @@ class Clock:
         return max(0.0, average - elapsed) + max(average, elapsed)
 
     def stepped(self, seconds: float, num_tokens: int) -> None:
-        """Average the seconds a token of the steps, the newest ones weighing most."""
-        weight = 1.0 if not self.token_seconds else 1 / SPEED_WINDOW_STEPS
+        """Average the seconds a token of the steps, the newest ones weighing most.
+
+        A step of few tokens, as the last one may be, takes long for each of them and says as little about the others.
+        """
+        self.most_tokens = max(self.most_tokens, num_tokens)
+        weight = num_tokens / self.most_tokens / SPEED_WINDOW_STEPS if self.token_seconds else 1.0
         self.token_seconds += weight * (seconds / num_tokens - self.token_seconds)
