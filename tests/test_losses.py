@@ -188,6 +188,9 @@ def test_compiled_form_matches_fp64(
     rounded = {n: tensor.bfloat16() if tensor.is_floating_point() else tensor for n, tensor in case.items()}
     found = fused(case, objective, dtype=torch.bfloat16, is_compiled=True)
     assert_close(found, reference(rounded, objective), 3e-2)
+    # A part of the run may train without a teacher.
+    alone = Objective(1.0, 0.0, 1.0)
+    assert_close(fused(case, alone, False, is_compiled=True), reference(case, alone, False), 1e-5)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])

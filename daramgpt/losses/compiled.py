@@ -27,14 +27,14 @@ def block(
     gradient_BV: Tensor | None,
     workspace: Workspace,
 ) -> None:
-    """A block of `daramgpt.losses.softmax.softmax_arithmetic`; the compiler has its own buffers."""
+    """A block of `daramgpt.losses.softmax.softmax_arithmetic` with a teacher; the compiler has its own buffers."""
+    assert teacher_BV is not None
     # One tensor handed over as two that share memory would be read after it is written.
     if gradient_BV is not None and gradient_BV.data_ptr() == student_BV.data_ptr():
         gradient_BV = student_BV
     for tensor in (student_BV, teacher_BV, rows.soft_factor, rows.hard_factor):
-        if tensor is not None:
-            # One kernel for blocks of any number of rows: the last one has fewer.
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # One kernel for blocks of any number of rows: the last one has fewer.
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     shift, hard_sum, divergence = _kernel(objective)(
         student_BV, teacher_BV, rows.soft_factor, rows.hard_factor, gradient_BV
     )
@@ -47,7 +47,7 @@ def block(
 def _kernel(objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def arithmetic(
         student_BV: Tensor,
-        teacher_BV: Tensor | None,
+        teacher_BV: Tensor,
         soft_factor: Tensor,
         hard_factor: Tensor,
         gradient_BV: Tensor | None,
@@ -62,11 +62,8 @@ def _kernel(objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]
         else:
             hard = (temperature * student).exp()
         hard_sum = hard.sum(dim=1, keepdim=True)
-        gradient = hard * (hard_factor / hard_sum)
-        divergence = torch.zeros_like(shift)
-        if teacher_BV is not None:
-            divergence, soft = _divergence(student, exponential, _shifted(teacher_BV)[0], objective)
-            gradient = gradient + soft_factor * soft
+        divergence, soft = _divergence(student, exponential, _shifted(teacher_BV)[0], objective)
+        gradient = hard * (hard_factor / hard_sum) + soft_factor * soft
         if gradient_BV is not None:
             gradient_BV.copy_(gradient)
         return shift, hard_sum, divergence

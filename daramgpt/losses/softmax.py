@@ -92,7 +92,8 @@ def _form(
 ) -> tuple[Callable[..., Tensor | None], int]:
     """What computes a block, and the logits of a block."""
     block_elements = GPU_BLOCK_ELEMENTS
-    if is_compiled:
+    # torch 2.13's compiler fails at the formulas without a teacher, where there is least to gain.
+    if is_compiled and has_teacher:
         return compiled.block, COMPILED_BLOCK_ELEMENTS if device.type == "cpu" else block_elements
     if device.type == "cpu":
         block_elements = CPU_BLOCK_ELEMENTS * torch.get_num_threads()
