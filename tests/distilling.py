@@ -1,7 +1,8 @@
 """One tiny distillation, by the engine and by a plain PyTorch loop; as a program, by the engine on several ranks.
 
-As a program it is one rank of those that RANK and WORLD_SIZE name: it reads `Case` objects as JSON from its input and
-the first rank prints the losses of each. One process serves all cases, because it takes longer to start than to train.
+As a program it is one rank of those that RANK and WORLD_SIZE name: it takes a folder for its log and a file of `Case`
+objects as JSON, and the first rank prints the losses of each. One process serves all cases, because it takes longer
+to start than to train.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_processes import run_on_ranks
 
 from daramgpt import student
 from daramgpt.engine import Distiller
@@ -185,47 +187,18 @@ def losses_on(num_ranks: int, cases: dict[str, Case], folder: Path) -> dict[str,
     Raises:
         AssertionError: a rank failed, or they gave no answer in ten minutes.
     """
-    import socket
-    import subprocess
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = json.dumps({name: asdict(case) for name, case in cases.items()})
-    (folder / "cases.json").write_text(given)
-    ranks = []
-    for rank in range(num_ranks):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "OMP_NUM_THREADS": 1}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-        variables["PYTHONPATH"] = str(Path(__file__).parents[1])
-        with (folder / "cases.json").open() as stdin, (folder / f"rank-{rank}.txt").open("w") as output:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "ignore", __file__, str(folder / f"log-{rank}.txt")],
-                    stdin=stdin,
-                    stdout=output,
-                    stderr=output,
-                    env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-                )
-            )
-    try:
-        codes = [process.wait(timeout=600) for process in ranks]
-    except subprocess.TimeoutExpired:
-        codes = [1]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    said = [(folder / f"rank-{rank}.txt").read_text() for rank in range(num_ranks)]
-    assert not any(codes), "\n".join(text[-3000:] for text in said)
+    given = folder / "cases.json"
+    given.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
+    said = run_on_ranks(__file__, num_ranks, folder, folder, given)
     return json.loads(said[0].rsplit(ANSWER, 1)[1].splitlines()[0])
 
 
 def main() -> None:
     torch.set_num_threads(1)
     teacher = make_teacher()
-    cases = {name: Case(**fields) for name, fields in json.load(sys.stdin).items()}
-    losses = {name: case.losses(teacher, Path(sys.argv[1])) for name, case in cases.items()}
+    cases = {name: Case(**fields) for name, fields in json.loads(Path(sys.argv[2]).read_text()).items()}
+    log = Path(sys.argv[1]) / f"log-{os.environ['RANK']}.txt"
+    losses = {name: case.losses(teacher, log) for name, case in cases.items()}
     if os.environ["RANK"] == "0":
         print(ANSWER + json.dumps(losses))
 

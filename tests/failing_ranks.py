@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_processes import run_on_ranks
 from tiny_training import CONTEXT, Training
 
 from daramgpt import planner
@@ -113,34 +112,9 @@ def train_on_ranks(texts: Path, cases: list[Case], folder: Path) -> list[Trainin
         AssertionError: a rank failed, or they did not end in ten minutes.
     """
     trainings = [case.training(texts) for case in cases]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    ranks = []
-    for rank in range(NUM_RANKS):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "OMP_NUM_THREADS": 1}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-        variables["PYTHONPATH"] = str(Path(__file__).parents[1])
-        with (folder / f"rank-{rank}.txt").open("w") as output:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "ignore", __file__, str(texts), str(folder / "cases.json")],
-                    stdout=output,
-                    stderr=output,
-                    env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-                )
-            )
-    try:
-        codes = [process.wait(timeout=600) for process in ranks]
-    except subprocess.TimeoutExpired:
-        codes = [1]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    said = [(folder / f"rank-{rank}.txt").read_text() for rank in range(NUM_RANKS)]
-    assert not any(codes), "\n".join(text[-3000:] for text in said)
+    given = folder / "cases.json"
+    given.write_text(json.dumps([asdict(case) for case in cases]))
+    run_on_ranks(__file__, NUM_RANKS, folder, texts, given)
     return trainings
 
 
