@@ -52,6 +52,9 @@ class WeightGradient:
         self._in_blocks = device.type == "cpu" and dtype != self._wide
         self._is_turned = self._in_blocks and num_chunks >= FEWEST_TURNED_CHUNKS
         self._total: Tensor | None = None
+        # Taken together with the gradient of the hidden states, before any product, this fills the hole that the
+        # last step's left in the heap; taken when it is needed, it found smaller tensors there and made the heap grow.
+        self._out = None if dtype == self._wide else torch.empty(shape, dtype=dtype, device=device)
 
     def add(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
         """The share of a chunk; both have the weight's dtype."""
@@ -81,12 +84,11 @@ class WeightGradient:
     def scaled(self, factor: Tensor) -> Tensor:
         """[V, D] in the weight's dtype, times a scalar that is never rounded to it; ends the sum."""
         # Handed over rather than kept: autograd adopts it as .grad without a copy.
-        total, self._total = self._total, None
+        (total, self._total), (out, self._out) = (self._total, None), (self._out, None)
         if total is None:
             return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        if self._dtype == self._wide:
+        if out is None:
             return scale_(total, factor)
-        out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         self._scale_and_cast(total.T if self._is_turned else total, factor, out)
         self._workspace.give_back("sum", total)
         return out
