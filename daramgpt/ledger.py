@@ -1,20 +1,24 @@
 """Append-only record of the sessions of a run: what each began with, reached, took, and why it ended.
 
-One JSON object a line. A session writes ``start``, a ``beat`` at each save, and ``end``. A session that was killed
-leaves no ``end``; what it trained after its last beat is not in any checkpoint either, so the beat is its account.
-A last line that was cut short is passed over.
+One JSON object a line. A session writes ``start``, a ``beat`` at each save and once a minute between them, and ``end``;
+what else happened to the run stands between them as a ``note``. A session that was killed leaves no ``end``: the next
+one writes it for it, with the hours up to its last beat. Sessions have names, not numbers, so that the ledgers of
+two machines on which a run was continued can be put together. A line that was cut short is passed over.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+DIED = "died"
 
 
 @dataclass(slots=True)
@@ -22,24 +26,31 @@ class Session:
     """One session, as the ledger has it.
 
     Attributes:
+        number: in the order of their starts, from 1.
         training: what was trained: the student, or a part of the run.
-        started: Unix time.
-        first_step, step: optimizer steps at its start and at its last line.
+        started, ended: Unix time of its first and its last line.
+        first_step, step: optimizer steps at its start and at its last line; what was trained after its last save is in
+            no checkpoint, and not in these.
         tokens: of the run at its last line.
-        seconds: of training.
-        reason: why it ended: ``done``, ``deadline``, ``interrupted``, ``out of memory``, ``failed``; ``died`` where no
-            end was written.
+        seconds: of training, saving included.
+        save_seconds: longest save.
+        reason: why it ended: ``done``, ``deadline``, ``interrupted``, ``out of memory``, ``failed``, ``re-placed`` (it
+            went on with the end of the schedule elsewhere); ``died`` where it did not say.
+        is_recorded: whether an end was written, by itself or by the session after it.
     """
 
     number: int
     training: str
     started: float
+    ended: float
     machine: str
     first_step: int
     step: int
     tokens: int
     seconds: float
+    save_seconds: float
     reason: str
+    is_recorded: bool
 
 
 class Ledger:
@@ -47,21 +58,33 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._number = 0
+        self._name = ""
 
     def start(self, training: str, machine: str, step: int, tokens: int) -> None:
-        # Not their number: one whose start was damaged is not among them.
-        self._number = max((session.number for session in sessions(self.path)), default=0) + 1
-        self._append("start", training=training, machine=machine, step=step, tokens=tokens, seconds=0.0)
+        """Begin a session, after writing the end of those that died without one."""
+        for name, session in _by_name(entries(self.path)).items():
+            if not session.is_recorded:
+                facts = {"step": session.step, "tokens": session.tokens, "seconds": session.seconds}
+                # At the time of its last beat: it has not lasted until now.
+                self._append("end", name, **facts, reason=DIED, time=session.ended)
+        self._name = secrets.token_hex(4)
+        self._append("start", self._name, training=training, machine=machine, step=step, tokens=tokens, seconds=0.0)
 
-    def beat(self, step: int, tokens: int, seconds: float) -> None:
-        self._append("beat", step=step, tokens=tokens, seconds=round(seconds, 3))
+    def beat(self, step: int, tokens: int, seconds: float, save_seconds: float = 0.0) -> None:
+        """Of the session so far, `step` and `tokens` of its last save; `save_seconds` of the one that was just made."""
+        facts = {"save_seconds": round(save_seconds, 3)} if save_seconds else {}
+        self._append("beat", self._name, step=step, tokens=tokens, seconds=round(seconds, 3), **facts)
 
     def end(self, step: int, tokens: int, seconds: float, reason: str) -> None:
-        self._append("end", step=step, tokens=tokens, seconds=round(seconds, 3), reason=reason)
+        """End the session."""
+        self._append("end", self._name, step=step, tokens=tokens, seconds=round(seconds, 3), reason=reason)
 
-    def _append(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, "session": self._number, "time": round(time.time(), 3), **fields})
+    def note(self, **facts: Any) -> None:
+        """Record what is no session: a new plan, rows passed over."""
+        self._append("note", self._name, **facts)
+
+    def _append(self, event: str, session: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, "session": session, "time": round(time.time(), 3), **fields})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             # A line cut short by a kill must not swallow this one.
@@ -94,25 +117,46 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 
 def sessions(path: Path) -> list[Session]:
     """All sessions of a ledger; none where there is no ledger."""
-    found: dict[int, Session] = {}
-    for entry in entries(path):
-        try:
-            number, step, tokens = int(entry["session"]), int(entry["step"]), int(entry["tokens"])
-            if entry["event"] == "start":
-                training, machine, started = str(entry["training"]), str(entry["machine"]), float(entry["time"])
-                # Refuses a time that no calendar has.
-                datetime.fromtimestamp(started)
-                found[number] = Session(number, training, started, machine, step, step, tokens, 0.0, "died")
-            elif number in found:
-                session = found[number]
-                session.step, session.tokens, session.seconds = step, tokens, float(entry["seconds"])
-                if entry["event"] == "end":
-                    session.reason = str(entry["reason"])
-        except (KeyError, TypeError, ValueError, OverflowError, OSError):
-            continue
-    return list(found.values())
+    return list(_by_name(entries(path)).values())
+
+
+def notes(path: Path) -> list[dict[str, Any]]:
+    """All notes of a ledger, with their ``time``."""
+    return [entry for entry in entries(path) if entry.get("event") == "note"]
 
 
 def seconds_used(path: Path) -> float:
     """Seconds of training over all sessions."""
     return sum(session.seconds for session in sessions(path))
+
+
+def merged(first: Path, second: Path) -> str:
+    """The lines of two ledgers of one run, each once: those of the first, then what the second has beyond them."""
+    lines = dict.fromkeys(json.dumps(entry) for path in (first, second) for entry in entries(path))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _by_name(lines: Iterable[dict[str, Any]]) -> dict[str, Session]:
+    found: dict[str, Session] = {}
+    for entry in lines:
+        try:
+            name, step, tokens = str(entry["session"]), int(entry["step"]), int(entry["tokens"])
+            at, seconds = float(entry["time"]), float(entry["seconds"])
+            # Refuses a time that no calendar has, and hours that are none.
+            datetime.fromtimestamp(at)
+            if not 0 <= seconds < float("inf"):
+                continue
+            if entry["event"] == "start":
+                training, machine = str(entry["training"]), str(entry["machine"])
+                found[name] = Session(
+                    len(found) + 1, training, at, at, machine, step, step, tokens, 0.0, 0.0, DIED, False
+                )
+            elif name in found and entry["event"] in ("beat", "end"):
+                session = found[name]
+                session.ended, session.step, session.tokens, session.seconds = at, step, tokens, seconds
+                session.save_seconds = max(session.save_seconds, float(entry.get("save_seconds", 0.0)))
+                if entry["event"] == "end":
+                    session.reason, session.is_recorded = str(entry["reason"]), True
+        except (KeyError, TypeError, ValueError, OverflowError, OSError):
+            continue
+    return found

@@ -144,6 +144,11 @@ class Optimizer(Section):
 class Schedule(Section):
     """Warm-up, stable, decay, counted in tokens (Hu et al., MiniCPM, arXiv 2404.06395)."""
 
+    horizon: Literal["tokens", "hours"] = Field(
+        "tokens",
+        description="where the decay ends: with the curriculum, or where budget.budget_hours will be used up at the "
+        "speed that was measured, placed anew where a session's end is recorded",
+    )
     warmup_fraction: float = Field(0.01, ge=0, le=1, description="of all tokens, linear from 0")
     decay_fraction: float = Field(0.2, ge=0, le=1, description="of all tokens, at the end, linear")
     final_ratio: float = Field(0.0, ge=0, le=1, description="of the learning rate at the very end")
@@ -242,6 +247,10 @@ class Budget(Section):
     """Hours of training that a session and the whole run may take."""
 
     session_hours: float | None = Field(None, gt=0, description="of one session (--hours)")
+    weekly_hours: float | None = Field(None, gt=0, description="of a week")
+    week_begins: Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"] = Field(
+        "saturday", description="at midnight UTC: when weekly_hours are given anew, as on Kaggle"
+    )
     budget_hours: float = Field(284.0, gt=0, description="of the whole run")
 
 
@@ -276,6 +285,16 @@ class Recipe(Section):
         # Only the parts of a run, which are not read from a file, do without one.
         if self.teacher is None:
             raise ValueError("there is no [teacher]; give teacher.model, or [teacher.train]")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_training_for_its_hours(self) -> Recipe:
+        has_parts = self.evaluation.baseline or (self.teacher is not None and self.teacher.train is not None)
+        if self.schedule.horizon == "hours" and has_parts:
+            raise ValueError(
+                'schedule.horizon = "hours" needs all hours for one training; '
+                "give teacher.model and set evaluation.baseline = false"
+            )
         return self
 
     def reads_files(self) -> bool:
@@ -428,15 +447,24 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def settings_that_matter(recipe: Recipe) -> dict[str, Any]:
+    """Keys that decide the result of a run, but for the rounding of its arithmetic, and their JSON values."""
+    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True, "engine": True}
+    free |= {"corpus": {"workers"}}
+    return dict(_flatten(recipe.model_dump(mode="json", exclude=free)))
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys that decide the result of a run and differ, as ``"key: old → new"``."""
-    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True}
-    free |= {"corpus": {"workers"}, "engine": {"probe"}}
-    flat_old, flat_new = (dict(_flatten(recipe.model_dump(mode="json", exclude=free))) for recipe in (old, new))
+    return changes(settings_that_matter(old), settings_that_matter(new))
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """As `differences`, of what `settings_that_matter` gave."""
     return [
-        f"{key}: {flat_old.get(key)} → {flat_new.get(key)}"
-        for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
+        f"{key}: {old.get(key)} → {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
 
 

@@ -62,6 +62,9 @@ def read(run: RunDirectory) -> Status:
     plan = read_json(run.plan)
     found = sessions(run.ledger)
     step, num_steps = _count(position, "step"), _count(plan, "num_steps")
+    if num_steps:
+        # Of the schedule's horizon, which hours may place before the end of the curriculum.
+        num_steps = _count(position, "num_steps") or num_steps
     missing = _missing(stored, run, step, num_steps)
     if is_locked(run):
         state = "running"

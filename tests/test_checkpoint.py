@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 import shutil
 from collections import namedtuple
@@ -122,7 +123,7 @@ def test_no_flipped_bit_passes(checkpoints: Path, name: str) -> None:
 
 
 def test_where_none_verifies_nothing_begins_afresh(checkpoints: Path) -> None:
-    for folder in checkpoints.iterdir():
+    for folder in checkpoints.glob("step-*"):
         flip(folder / "weights.safetensors")
     lines: list[str] = []
     with pytest.raises(UserError, match="none of the 2 checkpoints") as caught:
@@ -138,7 +139,7 @@ def test_a_manifest_of_another_kind_is_passed_over(checkpoints: Path) -> None:
 
 
 def test_what_a_kill_left_behind_is_no_checkpoint_and_is_cleared(checkpoints: Path) -> None:
-    leftover = checkpoints / ".step-00000015.tmp"
+    leftover = checkpoints / ".writing-step-00000015"
     shutil.copytree(checkpoints / "step-00000010", leftover)
     saved = checkpoint.newest(checkpoints)
     assert saved is not None and saved.state["step"] == 10
@@ -164,8 +165,68 @@ def test_the_newest_are_kept(checkpoints: Path, keep: int) -> None:
     for step in (15, 20):
         save(checkpoints, step, keep)
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        f"step-{step:08d}" for step in (5, 10, 15, 20)[-keep:]
+        "latest",
+        *(f"step-{step:08d}" for step in (5, 10, 15, 20)[-keep:]),
     ]
+
+
+def test_older_ones_stay_until_the_new_one_verifies(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def damages(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if target.name == "step-00000015":
+            truncate(target / "exp_avg.safetensors")
+        return moved
+
+    monkeypatch.setattr(Path, "rename", damages)
+    with pytest.raises(UserError, match=r"exp_avg\.safetensors is not what was written"):
+        save(checkpoints, 15, keep=2)
+    saved = checkpoint.newest(checkpoints)
+    assert saved is not None and saved.state["step"] == 10 and (checkpoints / "step-00000005").is_dir()
+
+
+def test_one_that_is_being_read_stays(checkpoints: Path) -> None:
+    read = checkpoints / "step-00000005"
+    state = {"step": 15, "tokens": 1500, "num_steps": 99}
+    checkpoint.save(checkpoints, FakeDistiller(15), state, 2, in_use=lambda: read)  # type: ignore[arg-type]
+    assert read.is_dir()
+    save(checkpoints, 20, 2)
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000015", "step-00000020"]
+
+
+def test_the_loss_of_the_newest_is_said(checkpoints: Path) -> None:
+    shutil.rmtree(checkpoints / "step-00000010")
+    lines: list[str] = []
+    saved = checkpoint.newest(checkpoints, lines.append)
+    assert saved is not None and saved.state["step"] == 5
+    assert len(lines) == 1 and "step-00000010" in lines[0] and "latest" in lines[0]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"step-", b"../elsewhere", b"step-00000010/../x"], ids=repr)
+def test_the_newest_is_found_without_its_name(checkpoints: Path, content: bytes | None) -> None:
+    latest = checkpoints / "latest"
+    assert latest.read_text() == "step-00000010\n"
+    latest.unlink() if content is None else latest.write_bytes(content)
+    lines: list[str] = []
+    saved = checkpoint.newest(checkpoints, lines.append)
+    assert saved is not None and saved.state["step"] == 10 and lines == []
+
+
+def test_where_all_are_lost_nothing_begins_afresh(checkpoints: Path) -> None:
+    for folder in checkpoints.glob("step-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="none of the"):
+        checkpoint.newest(checkpoints, lambda _: None)
+
+
+def test_a_manifest_says_what_wrote_it(checkpoints: Path) -> None:
+    state = {"step": 15, "tokens": 1500, "num_steps": 99}
+    path = checkpoint.save(checkpoints, FakeDistiller(15), state, 2, {"world_size": 2})  # type: ignore[arg-type]
+    assert path is not None
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["world_size"] == 2 and manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert set(manifest["files"]) == set(FILES) - {"manifest.json"}
 
 
 def refuses_to_save(checkpoints: Path) -> str:
@@ -174,7 +235,7 @@ def refuses_to_save(checkpoints: Path) -> str:
     with pytest.raises(UserError) as caught:
         save(checkpoints, 15, keep=2)
     assert contents(checkpoints) == before
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000005", "step-00000010"]
     return str(caught.value)
 
 
@@ -224,7 +285,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_to_every_rank(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "rename", denied)
-    monkeypatch.setattr(checkpoint, "_write", lambda *_: checkpoints / "step-00000015")
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: checkpoints / "step-00000010")
     with pytest.raises(UserError, match="could not be removed"):
         save(checkpoints, 15, keep=1)
 

@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
         (
             "attention",
             "bootstrap",
+            "budget",
             "compiling",
             "corpora",
             "generate",

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from daramgpt.recipe import Schedule
-from daramgpt.train import Clock, StopRequest, learning_rate
+from daramgpt.train import Clock, Horizon, StopRequest, learning_rate
 
 PEAK = 6e-4
 
 
 def rates(num_steps: int, **schedule: float) -> list[float]:
-    return [learning_rate(PEAK, Schedule(**schedule), step, num_steps) for step in range(num_steps)]
+    return [learning_rate(PEAK, Schedule(**schedule), step, Horizon(num_steps)) for step in range(num_steps)]
 
 
 def test_warm_up_plateau_decay() -> None:

@@ -149,8 +149,8 @@ def _train_part(
     if part.teacher is not None:
         facts["the teacher's config.json"] = _text(teacher_dir(part, run) / "config.json")
     launcher.check_agreement(facts, run.log)
-    if saved is not None and saved.state["step"] >= frozen["num_steps"]:
-        console(f"{label}: all {frozen['num_steps']:,} steps are trained")
+    if saved is not None and saved.state["step"] >= saved.state["num_steps"]:
+        console(f"{label}: all {saved.state['num_steps']:,} steps are trained")
         return "done"
     # What is not needed to find that out is imported from here on.
     from daramgpt.train import train as train_loop

@@ -274,6 +274,10 @@ class Distiller:
         """Whether the flag is set on any rank; every rank calls it, outside of steps."""
         return self._hosts.any(flag)
 
+    def largest(self, number: int) -> int:
+        """Largest of the ranks' numbers; every rank calls it, outside of steps."""
+        return self._hosts.largest(number)
+
     def is_same_on_all_ranks(self, number: int) -> bool:
         """Whether all ranks give the same number; every rank calls it, outside of steps."""
         return self._hosts.have_same(number)

@@ -72,6 +72,10 @@ class Hosts:
             return flag
         return self._largest([int(flag)]) == [1]
 
+    def largest(self, number: int) -> int:
+        """Of the ranks' numbers; every rank calls it."""
+        return number if self._group is None else self._largest([number])[0]
+
     def have_same(self, number: int) -> bool:
         """Whether all ranks give the same number; every rank calls it."""
         if self._group is None:

@@ -1,16 +1,93 @@
-"""The learning rate of a step."""
+"""The learning rate of a step: linear warm-up, plateau, linear decay (Hu et al., MiniCPM, arXiv 2404.06395).
+
+The decay ends at a horizon: with the curriculum, or where the budget's hours will be used up. The second one is placed
+anew where a session's end is recorded, and from there the rate goes on without a jump: on the plateau only the
+decay's beginning moves, within the decay its slope.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from daramgpt.recipe import Schedule
 
+# Of the steps that the hours left would buy: the last ones are not to fall behind the budget.
+HOURS_MARGIN = 0.98
 
-def learning_rate(peak: float, schedule: Schedule, step: int, num_steps: int) -> float:
-    """Of step number `step` (from 0): linear warm-up, plateau, linear decay (arXiv 2404.06395)."""
-    warmup_steps = schedule.warmup_fraction * num_steps
-    decay_steps = schedule.decay_fraction * num_steps
-    factor = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    left = num_steps - step
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """Where the decay ends, and where that was decided.
+
+    Attributes:
+        end_step: the step after the last one.
+        from_step: the first step it holds for.
+        from_factor: of the peak rate there.
+    """
+
+    end_step: int
+    from_step: int = 0
+    from_factor: float = 1.0
+
+
+def learning_rate(peak: float, schedule: Schedule, step: int, horizon: Horizon) -> float:
+    """Of step number `step` (from 0)."""
+    return peak * rate_factor(schedule, step, horizon)
+
+
+def rate_factor(schedule: Schedule, step: int, horizon: Horizon) -> float:
+    """Share of the peak rate that a step has; continuous but for the steps themselves."""
+    end_step, final = horizon.end_step, schedule.final_ratio
+    warmup_steps, decay_steps = schedule.warmup_fraction * end_step, schedule.decay_fraction * end_step
+    factor, highest = 1.0, 1.0
+    if horizon.from_factor < 1.0 and horizon.from_step >= warmup_steps:
+        # Placed anew within the decay: from the rate it had reached straight to the end.
+        decay_steps, highest = end_step - horizon.from_step, horizon.from_factor
+    elif horizon.from_step > end_step - decay_steps:
+        decay_steps = end_step - horizon.from_step
+    if warmup_steps:
+        factor = min(1.0, (step + 1) / warmup_steps)
+    left = end_step - step
     if left < decay_steps:
-        factor = min(factor, schedule.final_ratio + (1 - schedule.final_ratio) * left / decay_steps)
-    return peak * factor
+        factor = min(factor, final + (highest - final) * left / decay_steps)
+    return factor
+
+
+def first_horizon(plan: dict[str, Any], seconds: float) -> Horizon:
+    """Of a run that begins, by the plan alone.
+
+    Args:
+        plan: its predicted or probed speed is what the hours are counted by.
+        seconds: of the budget.
+    """
+    schedule, num_steps = Schedule.model_validate(plan["schedule"]), plan["num_steps"]
+    measured = [
+        trial["hours"]
+        for trial in plan.get("probe", {}).get("trials", [])
+        if trial["micro_batch_rows"] == plan["micro_batch_rows"] and trial["hours"]
+    ]
+    hours = (measured or [plan["predicted"].get("hours")])[0]
+    if schedule.horizon != "hours" or not hours:
+        return Horizon(num_steps)
+    return placed(schedule, Horizon(num_steps), 0, num_steps, seconds, 3600 * hours / num_steps)
+
+
+def placed(
+    schedule: Schedule, old: Horizon, step: int, num_steps: int, seconds_left: float, step_seconds: float
+) -> Horizon:
+    """The horizon for the steps from `step` on, by the hours that are left.
+
+    Args:
+        schedule: of the recipe.
+        old: that the steps before were trained with.
+        step: first one that is not trained yet.
+        num_steps: of the curriculum, which no horizon goes beyond.
+        seconds_left: of the budget.
+        step_seconds: of a step as measured, its part of the saves included.
+    """
+    end_step = min(num_steps, step + max(1, int(HOURS_MARGIN * seconds_left / step_seconds)))
+    if step >= old.end_step:
+        # All was decayed, and then hours were added: up to the plateau again, or there would be nothing to decay.
+        return Horizon(end_step, step)
+    return Horizon(end_step, step, rate_factor(schedule, step, old))

@@ -21,7 +21,9 @@ class StopRequest:
     """
 
     def __init__(self, deadline: float | None, file: Path | None = None) -> None:
-        self.deadline, self.file = deadline, file
+        self.file = file
+        # By a clock that nobody sets: the other one may be put right in the middle of a session.
+        self._ends_at = None if deadline is None else time.monotonic() + deadline - time.time()
         self._signalled = False
 
     def listen(self) -> None:
@@ -41,7 +43,7 @@ class StopRequest:
         """
         if self._signalled or (self.file is not None and self.file.exists()):
             return "interrupted"
-        if self.deadline is not None and time.time() + seconds_needed > self.deadline:
+        if self._ends_at is not None and time.monotonic() + seconds_needed > self._ends_at:
             return "deadline"
         return None
 
