@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from daramgpt.ledger import Session
 from daramgpt.recipe import Budget
@@ -140,3 +141,21 @@ def calendar(
         done=done,
         fraction=fraction_trained + (1 - fraction_trained) * fit,
     )
+
+
+def describe(found: Calendar, budget: Budget) -> str:
+    """A calendar in one line."""
+    parts = [f"{found.hours_needed:,.1f} hours of training to go, of {found.hours_left:,.1f} that the budget has left"]
+    if found.sessions is not None:
+        parts.append(f"{_number(found.sessions, 'session')} of {budget.session_hours:g} h")
+    if found.weeks is not None:
+        parts.append(f"{_number(found.weeks, 'week')} of {budget.weekly_hours:g} h")
+    if found.done is not None:
+        day = datetime.fromtimestamp(found.done).strftime("%Y-%m-%d %H:%M")
+        parts.append(f"until {day} at the earliest")
+    share = "all" if found.fraction >= 1 else f"{found.fraction:.0%}"
+    return f"calendar: {'; '.join(parts)}; {share} of the curriculum fits"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"

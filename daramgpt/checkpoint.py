@@ -11,6 +11,7 @@ what it passed over; ``latest`` names the one that was written last, so that its
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -252,6 +253,7 @@ def _describe(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONED:

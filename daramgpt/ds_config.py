@@ -110,6 +110,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_gradients": ((False,), _COMPILED),
     "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has dropped it"),
     "zero_optimization.stage3_module_granularity_threshold": ((0,), "DeepSpeed fails on the tied head with it"),
+    "zero_optimization.compute_grad_norm": ((True,), "the norm says whether a step's gradient is finite"),
     "zero_optimization.zenflow": ((None,), _OWN_OPTIMIZER),
     "zero_optimization.offload_optimizer.ratio": ((1.0,), _OWN_OPTIMIZER),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _OWN_OPTIMIZER),

@@ -31,11 +31,12 @@ class Session:
         started, ended: Unix time of its first and its last line.
         first_step, step: optimizer steps at its start and at its last line; what was trained after its last save is in
             no checkpoint, and not in these.
-        tokens: of the run at its last line.
+        first_tokens, tokens: of the training at its start and at its last line.
         seconds: of training, saving included.
         save_seconds: longest save.
         reason: why it ended: ``done``, ``deadline``, ``interrupted``, ``out of memory``, ``failed``, ``re-placed`` (it
-            went on with the end of the schedule elsewhere); ``died`` where it did not say.
+            went on with the end of the schedule elsewhere), ``went back`` (to the newest checkpoint, see the notes);
+            ``died`` where it did not say.
         is_recorded: whether an end was written, by itself or by the session after it.
     """
 
@@ -46,6 +47,7 @@ class Session:
     machine: str
     first_step: int
     step: int
+    first_tokens: int
     tokens: int
     seconds: float
     save_seconds: float
@@ -149,7 +151,7 @@ def _by_name(lines: Iterable[dict[str, Any]]) -> dict[str, Session]:
             if entry["event"] == "start":
                 training, machine = str(entry["training"]), str(entry["machine"])
                 found[name] = Session(
-                    len(found) + 1, training, at, at, machine, step, step, tokens, 0.0, 0.0, DIED, False
+                    len(found) + 1, training, at, at, machine, step, step, tokens, tokens, 0.0, 0.0, DIED, False
                 )
             elif name in found and entry["event"] in ("beat", "end"):
                 session = found[name]

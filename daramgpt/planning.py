@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,44 @@ class Part:
         label: for people.
         recipe, run: of this training.
         teacher_dir: of its teacher; None where it has none. The directory may not be there yet.
+        old: the plan that is to be replaced: its batch, its steps and where possible its teacher's precision stay.
+        changes: why it is.
     """
 
     label: str
     recipe: Recipe
     run: RunDirectory
     teacher_dir: Path | None
+    old: dict[str, Any] | None = None
+    changes: tuple[str, ...] = ()
+
+
+def changes(plan: dict[str, Any], recipe: Recipe, machine: hardware.Machine, world_size: int) -> tuple[str, ...]:
+    """What has changed since a plan was made, as ``"what: old → new"``; without a change it stays.
+
+    Args:
+        plan: of a training.
+        recipe: of the training.
+        machine: this one.
+        world_size: ranks that are to train.
+    """
+    old, new = plan.get("made_for"), _made_for(recipe, machine)
+    found = [("ranks", plan["world_size"], world_size)]
+    if isinstance(old, dict):
+        found += [(key, old.get(key), value) for key, value in new.items()]
+    return tuple(f"{key}: {before} → {now}" for key, before, now in found if before != now)
+
+
+def _made_for(recipe: Recipe, machine: hardware.Machine) -> dict[str, Any]:
+    """What a plan depends on that may be another one in the next session."""
+    engine = recipe.engine
+    return {
+        "device": machine.kind,
+        "ds_config": engine.ds_config,
+        "micro_batch_rows": engine.micro_batch_rows,
+        "loss_chunk_tokens": engine.loss_chunk_tokens,
+        "activation_checkpointing": engine.activation_checkpointing,
+    }
 
 
 def make_plans(
@@ -58,7 +90,7 @@ def make_plans(
     """Freeze the plan of each part.
 
     Args:
-        parts: that have none yet.
+        parts: that have none yet, or one that is to be replaced.
         whole, run: of which they are parts.
         shards: of the run.
         vocab_size: of all models.
@@ -89,6 +121,10 @@ def make_plans(
     torch.set_num_threads(num_threads)
     rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
     for part in parts:
+        if part.old is not None:
+            tokens = part.old["batch_rows"] * part.old["context_tokens"]
+            optimizer = part.recipe.optimizer.model_copy(update={"batch_tokens": tokens})
+            part = replace(part, recipe=part.recipe.model_copy(update={"optimizer": optimizer}))
         setup = planner.TrainingSetup(
             context_tokens=shards.context_tokens,
             vocab_size=vocab_size,
@@ -104,6 +140,8 @@ def make_plans(
             if part.recipe.teacher.precision != "auto":
                 precision = part.recipe.teacher.precision
                 reasons["teacher_precision"] = "the recipe or the command line says so"
+            elif part.old is not None and part.old["teacher_precision"] in hardware.teacher_candidates(machine, dtype):
+                precision, reasons["teacher_precision"] = part.old["teacher_precision"], "as in the plan before"
             else:
                 precision, reasons["teacher_precision"] = planner.choose_teacher_precision(part.recipe, machine, setup)
         with tempfile.TemporaryDirectory(prefix="daramgpt-plan-") as scratch:
@@ -123,7 +161,27 @@ def make_plans(
         probed = _probed(plan, part, whole, run, machine.device, say)
         if probed["micro_batch_rows"] != plan["micro_batch_rows"]:
             probed = planner.predicted_anew(probed, part.recipe, setup, shards.num_rows, rates)
+        probed["made_for"] = _made_for(part.recipe, machine)
+        if part.old is not None:
+            probed = _in_place_of(part.old, probed, part)
         write_json(part.run.plan, probed)
+
+
+def _in_place_of(old: dict[str, Any], new: dict[str, Any], part: Part) -> dict[str, Any]:
+    """The new plan, with a record of the old one.
+
+    Raises:
+        UserError: its ranks and rows cannot share the batch that the run was begun with.
+    """
+    if (new["batch_rows"], new["num_steps"]) != (old["batch_rows"], old["num_steps"]):
+        rows = f", {new['micro_batch_rows']} rows a forward pass" if part.recipe.engine.micro_batch_rows else ""
+        raise UserError(
+            f"{part.run.plan}: its batch of {old['batch_rows']} rows a step is not to be shared by "
+            f"{new['world_size']} ranks{rows}",
+            "give a --num-gpus (and engine.micro_batch_rows) that divides it",
+        )
+    record = {"time": round(time.time()), "changes": list(part.changes)}
+    return {**new, "replaced": [*old.get("replaced", []), record]}
 
 
 def _rates(recipe: Recipe, machine: hardware.Machine, device: torch.device) -> planner.RatesOf:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from daramgpt import checkpoint, recipe
+from daramgpt import budget, checkpoint, recipe
 from daramgpt.ledger import Session, sessions
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, is_locked, read_json
@@ -37,6 +38,7 @@ class Status:
         step, num_steps, tokens: of the student; num_steps is 0 before there is a plan.
         skipped_steps: by fp16 overflow.
         missing: what is left before the run is done.
+        calendar: sessions and weeks to come, in a line; empty where nothing is left to train, or no speed is known.
     """
 
     state: str
@@ -49,6 +51,7 @@ class Status:
     hours_used: float
     budget_hours: float
     missing: list[str]
+    calendar: str
 
 
 def read(run: RunDirectory) -> Status:
@@ -87,7 +90,37 @@ def read(run: RunDirectory) -> Status:
         hours_used=sum(session.seconds for session in found) / 3600,
         budget_hours=stored.budget.budget_hours if stored else 0.0,
         missing=missing,
+        calendar=calendar_line(stored, run, found) if stored else "",
     )
+
+
+def calendar_line(of: Recipe, run: RunDirectory, found: list[Session]) -> str:
+    """When a run will be done, by the speed of its newest sessions, or before them by its plans.
+
+    Args:
+        of: recipe of the run.
+        run: its directory.
+        found: its sessions.
+    """
+    needed = to_train = trained = 0.0
+    trainings = {"teacher": run.part("teacher"), "student": run, "student without a teacher": run.part("baseline")}
+    for label, part in trainings.items():
+        plan, position = read_json(part.plan), checkpoint.newest_state(part.checkpoints) or {}
+        steps, step = _count(plan, "num_steps"), _count(position, "step")
+        step_tokens = _count(plan, "batch_rows") * _count(plan, "context_tokens")
+        predicted = plan.get("predicted")
+        speed = predicted.get("tokens_per_second") if isinstance(predicted, dict) else None
+        for session in found:
+            if session.training == label and session.seconds > 0 and session.tokens > session.first_tokens:
+                speed = (session.tokens - session.first_tokens) / session.seconds
+        if not steps or not isinstance(speed, (int, float)) or not speed > 0:
+            continue
+        needed += max(0, steps - step) * step_tokens / speed
+        if part is run:
+            to_train, trained = steps, min(step, steps)
+    if not needed or not to_train:
+        return ""
+    return budget.describe(budget.calendar(of.budget, found, time.time(), needed, trained / to_train), of.budget)
 
 
 def _missing(stored: Recipe | None, run: RunDirectory, step: int, num_steps: int) -> list[str]:
@@ -146,6 +179,8 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
         f"step {status.step:,} of {status.num_steps:,}{share}, {status.tokens:,} tokens, "
         f"{status.hours_used:.2f} of {status.budget_hours:g} hours used",
     ]
+    if status.calendar:
+        result.append(status.calendar)
     if status.missing:
         result.append(f"left to do: {', '.join(status.missing)}")
     if written := _written_so_far(run):

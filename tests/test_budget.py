@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daramgpt.budget import HOUR, WEEK, WEEKDAYS, calendar, left, used_in_week, week_start
+from daramgpt.budget import HOUR, WEEK, WEEKDAYS, calendar, describe, left, used_in_week, week_start
 from daramgpt.ledger import Session
 from daramgpt.recipe import Budget
 
@@ -20,7 +20,7 @@ SATURDAY = datetime(2026, 11, 21, tzinfo=UTC).timestamp()
 
 def session(started: float, hours: float) -> Session:
     ended = started + hours * HOUR
-    return Session(1, "student", started, ended, "here", 0, 1, 1, hours * HOUR, 0.0, "deadline", True)
+    return Session(1, "student", started, ended, "here", 0, 1, 0, 1, hours * HOUR, 0.0, "deadline", True)
 
 
 @pytest.mark.parametrize("day", WEEKDAYS)
@@ -77,6 +77,23 @@ def test_the_calendar_of_a_run_that_does_not_fit() -> None:
     assert (found.sessions, found.weeks) == (5, None)
     assert found.fraction == pytest.approx(0.4 + 0.6 / 2)
     assert found.done == pytest.approx(NOW + 50 * HOUR)
+
+
+def test_a_calendar_in_words() -> None:
+    budget = Budget(session_hours=9, weekly_hours=30, budget_hours=284)
+    line = describe(calendar(budget, [], SATURDAY, 65 * HOUR, 0.0), budget)
+    for part in (
+        "65.0 hours",
+        "of 284.0",
+        "9 sessions of 9 h",
+        "3 weeks of 30 h",
+        "2026-12-05",
+        "all of the curriculum",
+    ):
+        assert part in line, (part, line)
+    budget = Budget(budget_hours=100)
+    line = describe(calendar(budget, [session(NOW - 50 * HOUR, 50)], NOW, 100 * HOUR, 0.4), budget)
+    assert "70% of the curriculum" in line and "session" not in line and "week" not in line
 
 
 def test_a_week_that_is_used_up_waits_for_the_next() -> None:

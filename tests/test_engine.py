@@ -296,12 +296,13 @@ def test_deepspeed_does_not_wait_for_the_gpu_to_time_it_unless_asked(enabled: bo
     assert has_timed is bool(enabled)
 
 
+@pytest.mark.parametrize("config", ["zero-0", "zero-2"])
 @pytest.mark.parametrize("document_start_id", [None, EOS])
 def test_a_step_reads_one_tensor_from_the_device(
-    document_start_id: int | None, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: str, document_start_id: int | None, teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the host waits for whatever it reads; DeepSpeed's own reads are not ours to choose."""
-    distiller = make_distiller(CONFIGS["zero-2"], teacher, tmp_path / "log.txt", None, document_start_id)
+    distiller = make_distiller(CONFIGS[config], teacher, tmp_path / "log.txt", None, document_start_id)
     run_steps(distiller, range(1))
     readers = []
 

@@ -43,7 +43,7 @@ LAYERS: dict[str, int] = {
         1,
     ),
     **dict.fromkeys(("curriculum", "tokenizer", "engine"), 2),
-    **dict.fromkeys(("shards", "checkpoint", "planner"), 3),
+    **dict.fromkeys(("shards", "checkpoint", "planner", "persistence"), 3),
     **dict.fromkeys(
         ("train", "status", "model_card", "export", "evaluation", "report", "doctor", "launcher", "planning"), 4
     ),

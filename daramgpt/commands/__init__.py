@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daramgpt import hardware
 from daramgpt import recipe as recipes
@@ -121,7 +121,10 @@ def _train_tokenizer(recipe: Recipe, run: RunDirectory, console: Console) -> Pat
 def plan(
     recipe: Recipe, run: RunDirectory, console: Console, num_gpus: int | None = None, nodes: Nodes | None = None
 ) -> None:
-    """Freeze what shapes the arithmetic of the run and its parts; what is frozen already stays.
+    """Freeze what shapes the arithmetic of the run and its parts.
+
+    What is frozen stays, but where the ranks, the kind of device or the settings of the engine are no longer those that
+    it was made for: then all of that is chosen anew, and the batch a step, the steps and the rows of each stay.
 
     Args:
         recipe, run: as from `resolve`.
@@ -129,32 +132,56 @@ def plan(
         num_gpus: ranks, all on this machine; None = one a GPU.
         nodes: several machines; each is taken to be like this one.
     """
-    from daramgpt import planner, planning
+    from daramgpt import planner, planning, status
+    from daramgpt.ledger import Ledger, sessions
 
     machine = hardware.detect()
     with locked(run):
         trainings = parts_of(recipe, run)
-        missing = [part for part in trainings if planner.read_plan(part[2]) is None]
-        if missing:
-            ranks_here = max(nodes.slots.values()) if nodes else num_gpus or max(1, len(machine.gpus))
+        frozen = {label: planner.read_plan(part_run) for label, _, part_run in trainings}
+        # On a CPU only the command line says how many ranks there are.
+        as_before = max((old["world_size"] for old in frozen.values() if old is not None), default=1)
+        ranks_here = max(nodes.slots.values()) if nodes else num_gpus or len(machine.gpus) or as_before
+        ranks, wanted = nodes.num_ranks if nodes else ranks_here, []
+        for label, part, part_run in trainings:
+            old = frozen[label]
+            changes = () if old is None else planning.changes(old, part, machine, ranks)
+            if old is not None and (not changes or _is_trained(part_run, old)):
+                continue
+            if changes:
+                console(f"{label}: planning anew, the batch a step stays ({'; '.join(changes)})")
+            folder = teacher_dir(part, run) if part.teacher else None
+            wanted.append(planning.Part(label, part, part_run, folder, old, changes))
+        if wanted:
             shards = open_shards(run)
             is_loaded = recipe.teacher is not None and recipe.teacher.model is not None
             planning.make_plans(
-                [
-                    planning.Part(label, part, part_run, teacher_dir(part, run) if part.teacher else None)
-                    for label, part, part_run in missing
-                ],
+                wanted,
                 recipe,
                 run,
                 shards,
                 planning.vocab_size(teacher_dir(recipe, run) if is_loaded else None, shards),
-                nodes.num_ranks if nodes else ranks_here,
+                ranks,
                 ranks_here,
                 console,
             )
+            for planned in wanted:
+                if planned.old is not None:
+                    Ledger(run.ledger).note(what=f"{planned.label}: planned anew", changes=list(planned.changes))
+            # A command that comes after, without these settings, is to find them.
+            write_atomically(run.recipe, recipes.dump(recipe))
         console(f"machine: {machine.describe()}")
         plans = {label: planner.read_plan(part_run) for label, _, part_run in trainings}
         planner.describe({label: frozen for label, frozen in plans.items() if frozen is not None}, console)
+        if line := status.calendar_line(recipe, run, sessions(run.ledger)):
+            console(line)
+
+
+def _is_trained(run: RunDirectory, plan: dict[str, Any]) -> bool:
+    """Whether all steps of a plan are, so that no machine needs another."""
+    from daramgpt import checkpoint
+
+    return int((checkpoint.newest_state(run.checkpoints) or {}).get("step", 0)) >= plan["num_steps"]
 
 
 def forecast(recipe: Recipe, run: RunDirectory, names: list[str]) -> list[str]:

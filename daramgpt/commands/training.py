@@ -81,7 +81,7 @@ def _check_ranks(run: RunDirectory, world_size: int, num_gpus: int | None, nodes
     if asked not in (None, world_size):
         raise UserError(
             f"{run.plan} is for {world_size} ranks, {option}: {asked}",
-            "give train the --num-gpus or --hostfile that plan was given, or remove the plans and plan again",
+            "plan for these ranks first: plan takes the same option, and keeps the batch and what is trained",
         )
 
 

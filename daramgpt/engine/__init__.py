@@ -4,8 +4,8 @@ The teacher stays outside: the engine casts, moves and shards whatever it wraps.
 
 A step leaves the device to itself: kernels are queued without waiting, and the host reads one small tensor at the end,
 with the losses, the gradient norm and what the ranks have to agree on. DeepSpeed's own waits are what its configuration
-asks for: in fp16 and fp32 it looks for overflow once a step, with an offloaded optimizer it fetches the gradients and
-their norms, and with overlap_comm it waits for the GPU after every backward pass.
+asks for: under ZeRO it looks at the gradients' norm before its optimizer moves, with an offloaded optimizer it fetches
+the gradients and their norms, and with overlap_comm it waits for the GPU after every backward pass.
 
 Before each backward pass the processes of several ranks ask each other, without their devices, whether one has run out
 of memory: a rank that fails where no other waits for it takes them all out of the step, with nothing lost. Where others
@@ -15,6 +15,7 @@ may wait already, in a backward pass, in the optimizer, and where ZeRO-3 gathers
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from pydantic import ValidationError
 
 from daramgpt import ds_config as ds_configs
 from daramgpt.attention import Documents
+from daramgpt.engine.loss_scale import LossScale, LossScaleFloorError
 from daramgpt.engine.module import DistillationModel, consecutive_positions
+from daramgpt.engine.non_finite import carried_by_gradient, guard
 from daramgpt.engine.optimizer import client_optimizer
 from daramgpt.engine.out_of_memory import StepOutOfMemoryError, is_out_of_memory
 from daramgpt.engine.ranks import Hosts, import_deepspeed, join_ranks
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DistillationModel",
     "Distiller",
+    "LossScaleFloorError",
     "StepOutOfMemoryError",
     "StepResult",
     "import_deepspeed",
@@ -58,8 +62,10 @@ class StepResult:
 
     Attributes:
         kd, ce: nats a target token; kd includes T².
-        grad_norm: before clipping; infinite where fp16 overflowed.
-        applied: False where fp16 overflowed and the optimizer did not move.
+        grad_norm: before clipping; infinite or NaN where `applied` is False.
+        applied: False where a loss or a gradient, of any rank, was not finite: no weight, moment or step count moved.
+        is_finite: False where the same rows would give the same again: in bf16 and fp32. In fp16 it was an overflow,
+            which the loss scale has answered.
         flags: those that were asked for, set where any rank set them.
     """
 
@@ -67,6 +73,7 @@ class StepResult:
     ce: float
     grad_norm: float
     applied: bool
+    is_finite: bool
     flags: tuple[bool, ...] = ()
 
 
@@ -138,6 +145,9 @@ class Distiller:
                 first = error.errors()[0]
                 reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise UserError(f"engine.ds_config: DeepSpeed refuses it: {reason}", "correct it or use another") from error
+        guard(client, self._grad_norm)
+        self._own_norm: torch.Tensor | None = None
+        self._loss_scale = LossScale(self.engine.optimizer.loss_scaler) if self.half else None
         self._state = EngineState(self.engine, optimizer.kind)
         self.device, self.dtype = self.engine.device, next(self.module.parameters()).dtype
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -165,25 +175,28 @@ class Distiller:
 
         Raises:
             StepOutOfMemoryError: a forward pass ran out of memory, and nothing has moved.
+            LossScaleFloorError: fp16 overflowed with the loss scale at its floor, and nothing has moved.
             RuntimeError: of the allocator, in a backward pass or the optimizer; other ranks may wait for this one.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         sums = torch.zeros(2, device=self.device)
-        norm: Any = None
+        floor_error = None if self._loss_scale is None else self._loss_scale.floor_error()
         rows = iter(batches)
         for micro in range(1, self._micro_batches + 1):
             loss_sum, kd_sum, ce_sum = self._losses(rows)
             # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
-            self.engine.backward(loss_sum * (self.world_size / num_targets), scale_wrt_gas=False)
+            mean_loss = carried_by_gradient(loss_sum, self.world_size / num_targets)
+            self.engine.backward(mean_loss, scale_wrt_gas=False)
             sums += torch.stack([kd_sum.detach(), ce_sum.detach()]).float()
             if micro == self._micro_batches:
-                norm = self._own_grad_norm()
+                self._own_norm = self._total_grad_norm()
                 self.is_intact = False
             self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        result = self._result(sums, norm, num_targets, flags())
+        result = self._result(sums, num_targets, flags())
         self.is_intact = True
+        if floor_error is not None and not result.applied:
+            raise floor_error
         return result
 
     def _losses(self, rows: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
@@ -245,14 +258,21 @@ class Distiller:
         hidden = teacher.hidden_states(input_ids, documents)
         return (input_ids, labels, hidden, teacher.head_weight, teacher.head_bias), model_inputs
 
-    def _own_grad_norm(self) -> torch.Tensor | None:
+    def _grad_norm(self) -> torch.Tensor | float:
+        """Norm of the gradients of all ranks, from before the optimizer moves on."""
+        if self._own_norm is not None:
+            return self._own_norm
+        norm: torch.Tensor | float = self.engine.optimizer._global_grad_norm
+        return norm
+
+    def _total_grad_norm(self) -> torch.Tensor | None:
         """Norm of the gradients before the step, where no ZeRO stage computes it: then clipping changes them first."""
         if hasattr(self.engine.optimizer, "_global_grad_norm"):
             return None
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _result(self, sums: torch.Tensor, norm: Any, num_targets: int, flags: Sequence[bool]) -> StepResult:
+    def _result(self, sums: torch.Tensor, num_targets: int, flags: Sequence[bool]) -> StepResult:
         values = torch.zeros(3 + len(flags), device=self.device)
         values[:2] = sums
         for place, flag in enumerate(flags, 3):
@@ -260,13 +280,16 @@ class Distiller:
             values[place] = float(flag)
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
-        values[2] = norm
+        values[2] = self._grad_norm()
         kd_sum, ce_sum, grad_norm, *flagged = values.tolist()
+        # DeepSpeed counts a step as applied in which `guard` kept its optimizer from moving.
+        is_applied = bool(self.engine.was_step_applied()) and math.isfinite(grad_norm)
         return StepResult(
             kd_sum / num_targets,
             ce_sum / num_targets,
             grad_norm,
-            bool(self.engine.was_step_applied()),
+            is_applied,
+            is_applied or self.half,
             tuple(number > 0 for number in flagged),
         )
 
@@ -284,13 +307,10 @@ class Distiller:
 
     def loss_scaler(self) -> dict[str, Any]:
         """State of the dynamic loss scale; empty where there is none."""
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        if not self.half or scaler is None:
-            return {}
-        return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float, bool))}
+        return {} if self._loss_scale is None else self._loss_scale.state()
 
     def loss_scale(self) -> float:
-        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.half else 1.0
+        return 1.0 if self._loss_scale is None else self._loss_scale.value
 
     def gather(self) -> dict[str, dict[str, torch.Tensor]]:
         """Master weights, both moments and the random state as CPU tensors; every rank calls it.
@@ -309,8 +329,8 @@ class Distiller:
             loss_scaler: as from `loss_scaler`.
         """
         self._state.restore(tensors, steps)
-        if self.half:
-            vars(self.engine.optimizer.loss_scaler).update(loss_scaler)
+        if self._loss_scale is not None:
+            self._loss_scale.restore(loss_scaler)
 
     def close(self) -> None:
         """Free the engine and the student, so that others can follow in this process."""

@@ -63,6 +63,12 @@ class Machine:
         parts = [f"{count} x {text}" if count > 1 else text for text, count in kinds.items()] or ["no GPU"]
         return "; ".join([*parts, f"{self.num_cores} cores, {self.memory_bytes / GIB:.0f} GiB memory"])
 
+    @property
+    def kind(self) -> str:
+        """What a plan was made for, such as ``"Tesla T4, 15 GiB"`` or ``"CPU, 2 cores"``; not how many GPUs."""
+        kinds = sorted({f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB" for gpu in self.gpus})
+        return " and ".join(kinds) or f"CPU, {self.num_cores} cores"
+
 
 def detect() -> Machine:
     """This machine; no GPU where nvidia-smi is absent or fails. ``CUDA_VISIBLE_DEVICES`` is honoured."""

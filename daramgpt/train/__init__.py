@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from daramgpt import checkpoint, compiling, ds_config, student
-from daramgpt.engine import Distiller
+from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
+from daramgpt.ledger import Ledger
 from daramgpt.progress import Console
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory
@@ -38,6 +39,8 @@ __all__ = [
 
 # As from `Distiller.gather`.
 _Tensors = dict[str, dict[str, torch.Tensor]]
+# Steps of a run that may be left out because fp16 cannot hold what their rows give.
+MOST_PASSED_OVER = 3
 
 
 def train(
@@ -68,9 +71,10 @@ def train(
         ``done``, ``deadline`` or ``interrupted``; a checkpoint of the last step stands in each case.
 
     Raises:
-        UserError: the loss is not finite, no checkpoint verifies, the disk is full, DeepSpeed refuses its config, the
-            teacher cannot be shown documents one by one, not even one row fits the memory, or this rank ran out of it
-            where others wait: then its line begins with `checkpoint.START_AGAIN`.
+        UserError: the loss is not finite, fp16 cannot hold the gradients of too many steps, no checkpoint verifies, the
+            disk is full, DeepSpeed refuses its config, the teacher cannot be shown documents one by one, not even one
+            row fits the memory, or this rank ran out of it where others wait: then its line begins with
+            `checkpoint.START_AGAIN`.
     """
     torch.set_num_threads(plan["num_threads"])
     torch.manual_seed(recipe.seed)
@@ -78,11 +82,12 @@ def train(
         compiling.check()
     if recipe.engine.compile == "all" and teacher is not None:
         compiling.compile_blocks(teacher.model)
+    passed_over: list[int] = []
     while True:
         position, tensors, loss_scaler = _newest(recipe, run, plan, console, label)
         distiller = build_distiller(recipe, run, shards, plan, teacher, tensors)
         if tensors is not None:
-            distiller.restore(tensors, position.step, loss_scaler)
+            distiller.restore(tensors, position.optimizer_steps, loss_scaler)
         # Three times the weights are not to lie there for hours.
         tensors = None
         feed = Feed(
@@ -103,11 +108,32 @@ def train(
                     "every node",
                     "share one run directory between the nodes, or copy the first node's to the others",
                 )
+            position.passed_over = sorted({*position.passed_over, *passed_over})
             loop = Loop(recipe, run, plan, feed, distiller, position, stop, console, ledger, machine, label)
             try:
                 return loop()
             except StepOutOfMemoryError as error:
                 plan = with_less_memory(plan, run, console, label, error)
+            except LossScaleFloorError as error:
+                passed_over = _without_step(position, error, console, label)
+                if distiller.is_first:
+                    Ledger(ledger).note(what=f"{label}: rows passed over", step=position.step + 1, cause=str(error))
+
+
+def _without_step(position: Position, error: LossScaleFloorError, console: Console, label: str) -> list[int]:
+    """Steps to pass over from the newest checkpoint on, with the one that could not be trained.
+
+    Raises:
+        UserError: they are too many to be the fault of their rows.
+    """
+    mend = "lower optimizer.learning_rate in a new run, or fp16.min_loss_scale in the ds_config"
+    if error.is_fixed:
+        raise UserError(f"{label}: step {position.step + 1}: {error}", "set fp16.loss_scale to 0, for a dynamic one")
+    if len(position.passed_over) >= MOST_PASSED_OVER:
+        numbers = ", ".join(str(step + 1) for step in position.passed_over)
+        raise UserError(f"{label}: step {position.step + 1}: {error}; steps {numbers} were passed over before it", mend)
+    console(f"{label}: step {position.step + 1}: {error}; goes back to the newest checkpoint and passes over its rows")
+    return [*position.passed_over, position.step]
 
 
 def _newest(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import resource
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from daramgpt import budget, checkpoint
-from daramgpt.engine import Distiller
+from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger, sessions
 from daramgpt.progress import Console, TrainingDisplay
@@ -91,7 +90,8 @@ class Loop:
 
         Raises:
             StepOutOfMemoryError: a step did not fit.
-            UserError: the loss is not finite, or the disk is full.
+            LossScaleFloorError: a step overflowed fp16 at the least loss scale; nothing moved.
+            UserError: a loss or a gradient is not finite, which nothing moved by, or the disk is full.
         """
         position, distiller = self.position, self.distiller
         if distiller.is_first:
@@ -106,6 +106,9 @@ class Loop:
             try:
                 is_end = self._has_no_hours()
                 while position.step < position.horizon.end_step and not is_end:
+                    if position.step in position.passed_over:
+                        position.step += 1
+                        continue
                     entry, is_end, is_due = self._step(rows)
                     if entry is not None:
                         display.step(entry)
@@ -119,6 +122,9 @@ class Loop:
                     self._place_horizon()
                 if position.step > self._saved_step:
                     self._save()
+            except LossScaleFloorError:
+                reason = "went back"
+                raise
             except (StepOutOfMemoryError, RuntimeError) as error:
                 fault = as_step_fault(error, distiller.world_size)
             finally:
@@ -150,16 +156,19 @@ class Loop:
         num_targets = self.feed.num_targets(step)
         result = distiller.step(rows.batches(step), num_targets, rate, self._ends_and_saves)
         is_end, is_due = result.flags
+        loss = self.recipe.loss.kd_weight * result.kd + self.recipe.loss.ce_weight * result.ce
+        if not result.is_finite:
+            # The weights are those of the step before.
+            if step > self._saved_step:
+                self._save()
+            raise UserError(
+                f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm}",
+                "nothing moved, and the step before is saved; lower optimizer.learning_rate in a new run",
+            )
         if not result.applied:
             # An overflow is how the loss scale finds its value: the same rows are fed again.
             position.skipped_steps += 1
             return None, is_end, is_due
-        loss = self.recipe.loss.kd_weight * result.kd + self.recipe.loss.ce_weight * result.ce
-        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
-            raise UserError(
-                f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm}",
-                "lower optimizer.learning_rate; the checkpoints before this step are good",
-            )
         position.step += 1
         position.tokens += num_targets
         clock.stepped(time.monotonic() - start, num_targets)

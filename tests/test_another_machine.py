@@ -1,0 +1,105 @@
+"""A run that goes on with other ranks, another ZeRO stage, other offload and another micro-batch is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_run import RECIPE, Run, metrics
+
+from daramgpt import ledger
+from daramgpt.checkpoint import newest
+
+BATCH_ROWS, CONTEXT = 240, 16
+CONFIGS = {
+    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero1": {"stage": 1},
+    "zero3": {"stage": 3},
+}
+ONE_STEP = ("--hours", "0.000001")
+
+
+def options(run: Run, config: str, rows: int) -> tuple[str, ...]:
+    file = run.folder / f"{config}.json"
+    settings = {"zero_optimization": CONFIGS[config], "zero_force_ds_cpu_optimizer": False}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return "--ds-config", str(file), "--set", f"engine.micro_batch_rows={rows}"
+
+
+def prepared(folder: Path, teacher: Path | None = None) -> Run:
+    """A run with shards, with a teacher that is there or with one of its own."""
+    run = Run(folder)
+    folder.mkdir(exist_ok=True)
+    text = RECIPE.replace("context_tokens = 32", f"context_tokens = {CONTEXT}\nscale = 3.0")
+    text = text.replace("batch_tokens = 256", f"batch_tokens = {BATCH_ROWS * CONTEXT}")
+    text = text.replace("baseline = true", "baseline = false")
+    if teacher is not None:
+        begin, end = text.index("[teacher.train]"), text.index("[student]")
+        text = text[:begin] + f'model = "{teacher}"\n' + text[end:]
+    (folder / "tiny.toml").write_text(text, encoding="utf-8")
+    run("prepare")
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = prepared(tmp_path_factory.mktemp("teacher"))
+    run("plan")
+    run("train")
+    return run.directory.part("teacher").export
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = prepared(tmp_path_factory.mktemp("undisturbed"), teacher)
+    given = options(run, "zero2-offload", 8)
+    run("plan", "--num-gpus", "2", *given)
+    run("train", *given)
+    return run
+
+
+def test_two_ranks_then_one_then_two_of_other_stages_and_micro_batches(
+    teacher: Path, undisturbed: Run, tmp_path: Path
+) -> None:
+    run = prepared(tmp_path / "moved", teacher)
+    for ranks, config, rows in ((2, "zero2-offload", 8), (1, "zero1", 3), (2, "zero3", 5)):
+        given = options(run, config, rows)
+        said = run("plan", "--num-gpus", str(ranks), *given)
+        plan = json.loads(run.directory.plan.read_text())
+        found = (plan["world_size"], plan["micro_batch_rows"], plan["batch_rows"])
+        assert found == (ranks, rows, BATCH_ROWS)
+        before = len(ledger.sessions(run.directory.ledger))
+        if before:
+            assert "planning anew" in said and "ranks: " in said
+        run("train", *given, *(() if config == "zero3" else ONE_STEP))
+    assert [len(plan["replaced"]), len(ledger.notes(run.directory.ledger))] == [2, 2]
+    assert [one.first_step for one in ledger.sessions(run.directory.ledger)] == [0, 1, 2]
+    expected, found = metrics(undisturbed), metrics(run)
+    assert [(one["step"], one["tokens"], one["stage"]) for one in found] == [
+        (one["step"], one["tokens"], one["stage"]) for one in expected
+    ]
+    assert len(found) >= 5
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5), one["step"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-4), one["step"]
+    saved = newest(run.directory.checkpoints)
+    assert saved is not None and saved.state["step"] == plan["num_steps"]
+
+
+def test_a_plan_without_a_change_stays(undisturbed: Run) -> None:
+    before = undisturbed.directory.plan.read_bytes()
+    undisturbed("plan")
+    assert undisturbed.directory.plan.read_bytes() == before
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused(teacher: Path, tmp_path: Path) -> None:
+    run = prepared(tmp_path / "run", teacher)
+    given = options(run, "zero1", 4)
+    run("plan", *given)
+    before = run.directory.plan.read_bytes()
+    process = run.start("plan", "--num-gpus", "7", *given)
+    assert process.wait(120) == 2
+    output = (run.folder / "output.txt").read_text(encoding="utf-8")
+    assert "Traceback" not in output and f"its batch of {BATCH_ROWS} rows" in output and "--num-gpus" in output
+    assert run.directory.plan.read_bytes() == before
