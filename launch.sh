@@ -2,7 +2,7 @@
 # DaramGPT from a bare python3 to a distilled, evaluated, exported student. Run again, it goes on where it stopped.
 #
 #   bash launch.sh [RECIPE=quickstart] [--corpus DIR] [--ds-config FILE] [--hours H] [--run DIR] [--set key=value ...]
-#                  [--num-gpus N] [--hostfile FILE [--node-rank N] [--master-addr A] [--master-port P]]
+#                  [--after-save CMD] [--num-gpus N] [--hostfile FILE [--node-rank N] [--master-addr A] [--master-port P]]
 #                  [--wheels DIR] [--dry-run]
 #   bash launch.sh [--wheels DIR] test [PYTEST ARGUMENTS ...]
 #
@@ -11,6 +11,8 @@
 #   --ds-config FILE  a name in ds_configs/ or a file of your own
 #   --hours H         hours this session may take, counted from the end of the installation
 #   --run DIR         run directory (default: runs/<recipe>)
+#   --after-save CMD  run CMD with the path of each new checkpoint behind it; persistence.directory and persistence.hub
+#                     of the recipe keep copies elsewhere, from which a session on an empty machine goes on
 #   --set key=value   override a key of the recipe; may be repeated
 #   --num-gpus N      GPUs to train on (default: all)
 #   --hostfile FILE   machines to train on, as DeepSpeed's launcher reads them; pdsh and ssh start their ranks
@@ -37,11 +39,11 @@ while (($#)); do
     if [[ $option == --*=* ]]; then set -- "${option#*=}" "$@"; option=${option%%=*}; fi
     case $option in
     --corpus | --ds-config | --hours | --run | --set | --wheels | --num-gpus | --hostfile | --node-rank | --master-addr | \
-        --master-port)
+        --master-port | --after-save)
         (($#)) && [[ $1 && $1 != --* ]] || fail "$option needs a value; see bash launch.sh --help"
         case $option in
         --wheels) [[ -d $1 ]] || fail "--wheels $1: no such folder; name one that holds wheels"; wheels=$(cd "$1" && pwd) ;;
-        --hours | --master-addr | --master-port) session+=("$option" "$1") ;;
+        --hours | --master-addr | --master-port | --after-save) session+=("$option" "$1") ;;
         --node-rank) session+=("$option" "$1") node_rank=$1 ;;
         --num-gpus | --hostfile) ranks+=("$option" "$1") ;;
         --set) common+=("$option" "$1") overrides+=("$1") ;;

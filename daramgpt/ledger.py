@@ -157,7 +157,8 @@ def _by_name(lines: Iterable[dict[str, Any]]) -> dict[str, Session]:
                 session = found[name]
                 session.ended, session.step, session.tokens, session.seconds = at, step, tokens, seconds
                 session.save_seconds = max(session.save_seconds, float(entry.get("save_seconds", 0.0)))
-                if entry["event"] == "end":
+                if entry["event"] == "end" and (entry["reason"] != DIED or not session.is_recorded):
+                    # Its own end counts, where another machine took it for dead.
                     session.reason, session.is_recorded = str(entry["reason"]), True
         except (KeyError, TypeError, ValueError, OverflowError, OSError):
             continue

@@ -243,6 +243,20 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=2)
 
 
+class Persistence(Section):
+    """Copies of checkpoints outside of the machine; the newest of all copies is what a session begins from."""
+
+    directory: str | None = Field(None, description="folder of a mounted drive or volume, which has to be there")
+    hub: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="private repository OWNER/NAME on the Hugging Face hub, made where it is not there",
+    )
+    after_save: str | None = Field(
+        None, description="command that is run with each new checkpoint's path behind it (--after-save)"
+    )
+
+
 class Budget(Section):
     """Hours of training that a session and the whole run may take."""
 
@@ -277,6 +291,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    persistence: Persistence = Persistence()
     budget: Budget = Budget()
     evaluation: Evaluation = Evaluation()
 
@@ -449,7 +464,14 @@ def _toml_value(value: Any) -> str:
 
 def settings_that_matter(recipe: Recipe) -> dict[str, Any]:
     """Keys that decide the result of a run, but for the rounding of its arithmetic, and their JSON values."""
-    free: Any = {"budget": True, "checkpoint": True, "evaluation": True, "name": True, "engine": True}
+    free: Any = {
+        "budget": True,
+        "checkpoint": True,
+        "evaluation": True,
+        "name": True,
+        "engine": True,
+        "persistence": True,
+    }
     free |= {"corpus": {"workers"}}
     return dict(_flatten(recipe.model_dump(mode="json", exclude=free)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,43 @@ def test_two_ranks_then_one_then_two_of_other_stages_and_micro_batches(
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-4), one["step"]
     saved = newest(run.directory.checkpoints)
     assert saved is not None and saved.state["step"] == plan["num_steps"]
+
+
+def test_a_run_whose_disk_is_lost_goes_on_from_its_copy(teacher: Path, undisturbed: Run, tmp_path: Path) -> None:
+    run, drive, seen = prepared(tmp_path / "first", teacher), tmp_path / "drive", tmp_path / "seen.txt"
+    drive.mkdir()
+    given = (*options(run, "zero1", 3), "--set", f"persistence.directory={drive}")
+    run("prepare", *given)
+    run("plan", *given)
+    run("train", *given, *ONE_STEP, "--after-save", f"printf '%s\\n' >> {seen}")
+    assert seen.read_text().splitlines() == [str(run.directory.checkpoints / "step-00000001")]
+    shutil.rmtree(run.directory.path)
+    said = run("prepare", *given)
+    assert str(drive) in said and "step-00000001" in said
+    run("plan", *given)
+    run("train", *given)
+    found, expected = metrics(run), metrics(undisturbed)
+    assert [one["step"] for one in found] == [one["step"] for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5), one["step"]
+    assert [(one.first_step, one.reason) for one in ledger.sessions(run.directory.ledger)] == [
+        (0, "deadline"),
+        (1, "done"),
+    ]
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(undisturbed: Run, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.folder, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path)
+    recipe = run.directory.recipe
+    text = recipe.read_text(encoding="utf-8")
+    assert "ce_weight = 0.1" in text
+    recipe.write_text(text.replace("ce_weight = 0.1", "ce_weight = 0.2"), encoding="utf-8")
+    shutil.rmtree(sorted(run.directory.checkpoints.glob("step-*"))[-1])
+    process = run.start("train", "--num-gpus", "2")
+    assert process.wait(120) == 2
+    output = (run.folder / "output.txt").read_text(encoding="utf-8")
+    assert "loss.ce_weight: 0.1 → 0.2" in output and "Traceback" not in output
 
 
 def test_a_plan_without_a_change_stays(undisturbed: Run) -> None:

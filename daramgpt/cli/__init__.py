@@ -149,11 +149,16 @@ def train(
     node_rank: NodeRankOption = None,
     master_addr: MasterAddrOption = None,
     master_port: MasterPortOption = None,
+    after_save: Annotated[
+        str | None, typer.Option("--after-save", help="Command run with each new checkpoint: persistence.after_save.")
+    ] = None,
 ) -> None:
     """Train, from the newest checkpoint on, until the end, the deadline, or a signal."""
     from daramgpt import commands
 
     nodes = _nodes(num_gpus, hostfile, node_rank, master_addr, master_port)
+    if after_save is not None:
+        settings = [*(settings or []), f"persistence.after_save={json.dumps(after_save, ensure_ascii=False)}"]
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     commands.train_on_ranks(resolved, directory, console, hours, num_gpus, nodes)
 

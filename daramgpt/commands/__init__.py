@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from daramgpt import hardware
 from daramgpt import recipe as recipes
+from daramgpt.commands import copies
 from daramgpt.commands.parts import load_teacher, open_shards, parts_of, teacher_dir
 from daramgpt.commands.resolution import resolve, run_directory
 from daramgpt.commands.training import train, train_on_ranks
@@ -61,6 +62,7 @@ def prepare(recipe: Recipe, run: RunDirectory, console: Console, estimate_only: 
 
     with locked(run):
         if not estimate_only:
+            copies.fetch(recipe, run, console)
             write_atomically(run.recipe, recipes.dump(recipe))
         _make_corpus(recipe, run, console)
         assert recipe.teacher is not None

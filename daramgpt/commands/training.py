@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from daramgpt import hardware
 from daramgpt import recipe as recipes
+from daramgpt.commands import copies
 from daramgpt.commands.parts import export_teacher, load_teacher, open_shards, parts_of, teacher_dir
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
@@ -17,8 +18,12 @@ from daramgpt.run_directory import RunDirectory, locked, write_atomically
 
 if TYPE_CHECKING:
     from daramgpt.launcher import Nodes
+    from daramgpt.persistence import Persister
     from daramgpt.progress import Console
     from daramgpt.train import StopRequest
+
+# For the last copies of a session.
+COPY_SECONDS = 600.0
 
 
 def train_on_ranks(
@@ -57,6 +62,7 @@ def train_on_ranks(
         if not node_rank:
             # That of another node is not this one's to remove.
             run.stop_request.unlink(missing_ok=True)
+            copies.fetch(recipe, run, console)
         if world_size == 1:
             train(recipe, run, console, hours)
             return
@@ -102,7 +108,6 @@ def train(
     Raises:
         UserError: a part has no plan, the shards are missing, or what is to be trained from cannot be used.
     """
-    from daramgpt import launcher, planner
     from daramgpt.train import StopRequest
 
     hours = recipe.budget.session_hours if hours is None else hours
@@ -110,11 +115,40 @@ def train(
     stop = StopRequest(None if hours is None else start + 3600 * hours, run.stop_request)
     stop.listen()
     machine = hardware.detect().describe()
+    persister = _persister(recipe, run, console)
+    try:
+        return _train_parts(recipe, run, console, stop, machine, persister)
+    finally:
+        if persister is not None:
+            # Done or not: whoever asked for a stop waits for it.
+            persister.finish(COPY_SECONDS)
+
+
+def _persister(recipe: Recipe, run: RunDirectory, console: Console) -> Persister | None:
+    """Of the first rank; None where there is nothing to copy to."""
+    if os.environ.get("RANK", "0") != "0" or not (places := copies.targets(recipe)):
+        return None
+    from daramgpt.persistence import Persister
+
+    return Persister(places, run, recipe.checkpoint.keep, console)
+
+
+def _train_parts(
+    recipe: Recipe,
+    run: RunDirectory,
+    console: Console,
+    stop: StopRequest,
+    machine: str,
+    persister: Persister | None,
+) -> str:
+    """One training after the other, until one stops before its end."""
+    from daramgpt import launcher, planner
+
     for label, part, part_run in parts_of(recipe, run):
         frozen = planner.read_plan(part_run)
         if frozen is None:
             raise UserError(f"{part_run.plan} is missing", f"run: python -m daramgpt plan {recipe.name}")
-        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine)
+        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine, persister)
         if reason != "done":
             console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
             return reason
@@ -135,6 +169,7 @@ def _train_part(
     stop: StopRequest,
     console: Console,
     machine: str,
+    persister: Persister | None,
 ) -> str:
     """One training; returns at once where all its steps are trained."""
     from daramgpt import checkpoint, launcher
@@ -160,7 +195,9 @@ def _train_part(
         loaded = load_teacher(part, run, frozen)
         weights = f"{frozen['teacher_precision']}, {loaded.weight_bytes / 1e6:,.1f} MB"
         console(f"teacher: {loaded.num_parameters:,} parameters, {weights}")
-    return train_loop(part, part_run, open_shards(run), frozen, loaded, stop, console, run.ledger, machine, label)
+    return train_loop(
+        part, part_run, open_shards(run), frozen, loaded, stop, console, run.ledger, machine, label, persister
+    )
 
 
 def _session_start() -> float:

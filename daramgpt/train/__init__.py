@@ -15,8 +15,9 @@ from daramgpt import checkpoint, compiling, ds_config, student
 from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger
+from daramgpt.persistence import Persister
 from daramgpt.progress import Console
-from daramgpt.recipe import Recipe
+from daramgpt.recipe import Recipe, changes, settings_that_matter
 from daramgpt.run_directory import RunDirectory
 from daramgpt.shards import Feed, Shards
 from daramgpt.teacher import Teacher
@@ -54,6 +55,7 @@ def train(
     ledger: Path,
     machine: str,
     label: str,
+    persister: Persister | None = None,
 ) -> str:
     """Train to the end of the curriculum, or until asked to stop; goes on from the newest checkpoint.
 
@@ -66,6 +68,7 @@ def train(
         ledger: of the whole run, whose hours its parts share.
         machine: name for the ledger.
         label: what is trained, for people and the ledger.
+        persister: gets each checkpoint; only on the first rank.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``; a checkpoint of the last step stands in each case.
@@ -109,7 +112,7 @@ def train(
                     "share one run directory between the nodes, or copy the first node's to the others",
                 )
             position.passed_over = sorted({*position.passed_over, *passed_over})
-            loop = Loop(recipe, run, plan, feed, distiller, position, stop, console, ledger, machine, label)
+            loop = Loop(recipe, run, plan, feed, distiller, position, stop, console, ledger, machine, label, persister)
             try:
                 return loop()
             except StepOutOfMemoryError as error:
@@ -139,10 +142,22 @@ def _without_step(position: Position, error: LossScaleFloorError, console: Conso
 def _newest(
     recipe: Recipe, run: RunDirectory, plan: dict[str, Any], console: Console, label: str
 ) -> tuple[Position, _Tensors | None, dict[str, Any]]:
-    """Position, tensors and loss scaler of the newest checkpoint; those of a beginning where there is none."""
+    """Position, tensors and loss scaler of the newest checkpoint; those of a beginning where there is none.
+
+    Raises:
+        UserError: there are checkpoints and none verifies, or the newest was trained with other settings.
+    """
     saved = checkpoint.newest(run.checkpoints, console)
     if saved is None:
         return Position(first_horizon(plan, 3600 * recipe.budget.budget_hours)), None, {}
+    old, new = saved.state.get("settings", {}), settings_that_matter(recipe)
+    # A setting that a newer version has added is none that anybody changed.
+    both = old.keys() & new.keys()
+    if changed := changes({key: old[key] for key in both}, {key: new[key] for key in both}):
+        raise UserError(
+            f"{saved.path}: trained with other settings: {'; '.join(changed)}",
+            "give the same settings, or another --run",
+        )
     console(f"{label}: goes on from step {saved.state['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
     tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
     return Position.read(saved.state, plan["num_steps"]), tensors, saved.state["loss_scaler"]

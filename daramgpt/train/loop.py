@@ -19,6 +19,7 @@ from daramgpt import budget, checkpoint
 from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger, sessions
+from daramgpt.persistence import Persister
 from daramgpt.progress import Console, TrainingDisplay
 from daramgpt.recipe import Recipe, Schedule, dump, settings_that_matter
 from daramgpt.run_directory import RunDirectory
@@ -49,6 +50,7 @@ class Loop:
         ledger: of the whole run.
         machine: name for the ledger.
         label: what is trained.
+        persister: gets each checkpoint; None where there is none, and on ranks other than the first.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class Loop:
         ledger: Path,
         machine: str,
         label: str,
+        persister: Persister | None = None,
     ) -> None:
         self.recipe, self.run, self.plan, self.feed, self.distiller = recipe, run, plan, feed, distiller
         self.position, self.stop, self.console = position, stop, console
-        self.machine, self.label = machine, label
+        self.machine, self.label, self._persister = machine, label, persister
         self._schedule = Schedule.model_validate(plan["schedule"])
         found = sessions(ledger)
         self._ledger = Ledger(ledger)
@@ -202,6 +205,8 @@ class Loop:
     def _asks_to_stop(self, step_seconds: float) -> bool:
         """Whether this rank is to stop, with so many seconds for one more step."""
         needed = step_seconds + SAVE_MARGIN * self.clock.save_seconds
+        if self._persister is not None:
+            needed += self._persister.longest_seconds
         self._asked = self.stop.reason(needed)
         if self._asked is None and self.clock.seconds + needed > self._left.seconds:
             self._asked = "deadline"
@@ -274,7 +279,11 @@ class Loop:
             "num_steps": position.horizon.end_step,
             "settings": settings_that_matter(self.recipe),
         }
-        checkpoint.save(self.run.checkpoints, self.distiller, state, self.recipe.checkpoint.keep, facts)
+        keep, persister = self.recipe.checkpoint.keep, self._persister
+        in_use = persister.busy_with if persister is not None else lambda: None
+        path = checkpoint.save(self.run.checkpoints, self.distiller, state, keep, facts, in_use)
+        if persister is not None and path is not None:
+            persister.submit(path)
         self._saved_at, self._saved_step, self._saved_tokens = time.monotonic(), position.step, position.tokens
         self.clock.save_seconds = max(self.clock.save_seconds, self._saved_at - start)
         self._beat(self._saved_at - start)
