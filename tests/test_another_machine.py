@@ -125,6 +125,20 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(undisturb
     assert "loss.ce_weight: 0.1 → 0.2" in output and "Traceback" not in output
 
 
+def test_a_checkpoint_of_other_shards_is_refused(undisturbed: Run, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.folder, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path)
+    shutil.rmtree(sorted(run.directory.checkpoints.glob("step-*"))[-1])
+    index = json.loads((run.directory.shards / "index.json").read_text())
+    file = next(name for name in index["files"] if name.endswith(".bin"))
+    index["files"][file]["sha256"] = "0" * 64
+    (run.directory.shards / "index.json").write_text(json.dumps(index))
+    process = run.start("train", "--num-gpus", "2")
+    assert process.wait(120) == 2
+    output = (run.folder / "output.txt").read_text(encoding="utf-8")
+    assert "trained on other shards" in output and "Traceback" not in output
+
+
 def test_a_plan_without_a_change_stays(undisturbed: Run) -> None:
     before = undisturbed.directory.plan.read_bytes()
     undisturbed("plan")

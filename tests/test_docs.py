@@ -23,7 +23,14 @@ from daramgpt.cli import app
 from daramgpt.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "README.ko.md", "CONTRIBUTING.md", "docs/corpora.md", "docs/several-gpus.md")
+DOCUMENTS = (
+    "README.md",
+    "README.ko.md",
+    "CONTRIBUTING.md",
+    "docs/corpora.md",
+    "docs/sessions.md",
+    "docs/several-gpus.md",
+)
 LAUNCH = (ROOT / "launch.sh").read_text(encoding="utf-8")
 IGNORED = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()}
 PYTHON = ".venv/bin/python"

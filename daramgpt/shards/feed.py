@@ -66,6 +66,11 @@ class Feed:
 
         self._permutation = permutation if order == "shuffled" else None
 
+    @property
+    def sha256(self) -> str:
+        """Of the shards."""
+        return self._shards.sha256
+
     def batch(self, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a micro-batch of this rank.
 

@@ -6,6 +6,7 @@ all processes of a machine share the pages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -123,6 +124,12 @@ class Shards:
             known = {key: stage[key] for key in StageInfo.__slots__ if key in stage}
             self.stages.append(StageInfo(**known, first_row=self._end_row(), num_rows=stage["rows"]))
         self.num_rows = self._end_row()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that the shards hold, by the hashes that their index has of the files."""
+        files = {name: file.get("sha256") for name, file in self.index["files"].items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     @property
     def tokenizer_dir(self) -> Path:

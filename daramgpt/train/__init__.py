@@ -87,7 +87,7 @@ def train(
         compiling.compile_blocks(teacher.model)
     passed_over: list[int] = []
     while True:
-        position, tensors, loss_scaler = _newest(recipe, run, plan, console, label)
+        position, tensors, loss_scaler = _newest(recipe, run, shards, plan, console, label)
         distiller = build_distiller(recipe, run, shards, plan, teacher, tensors)
         if tensors is not None:
             distiller.restore(tensors, position.optimizer_steps, loss_scaler)
@@ -140,12 +140,12 @@ def _without_step(position: Position, error: LossScaleFloorError, console: Conso
 
 
 def _newest(
-    recipe: Recipe, run: RunDirectory, plan: dict[str, Any], console: Console, label: str
+    recipe: Recipe, run: RunDirectory, shards: Shards, plan: dict[str, Any], console: Console, label: str
 ) -> tuple[Position, _Tensors | None, dict[str, Any]]:
     """Position, tensors and loss scaler of the newest checkpoint; those of a beginning where there is none.
 
     Raises:
-        UserError: there are checkpoints and none verifies, or the newest was trained with other settings.
+        UserError: there are checkpoints and none verifies, or the newest was trained with other settings or shards.
     """
     saved = checkpoint.newest(run.checkpoints, console)
     if saved is None:
@@ -157,6 +157,11 @@ def _newest(
         raise UserError(
             f"{saved.path}: trained with other settings: {'; '.join(changed)}",
             "give the same settings, or another --run",
+        )
+    if saved.state.get("shards_sha256", shards.sha256) != shards.sha256:
+        raise UserError(
+            f"{saved.path}: trained on other shards than those in {shards.path}",
+            "prepare them from the same corpora with the same version, or give another --run",
         )
     console(f"{label}: goes on from step {saved.state['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
     tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}

@@ -278,6 +278,7 @@ class Loop:
             **position.state(),
             "num_steps": position.horizon.end_step,
             "settings": settings_that_matter(self.recipe),
+            "shards_sha256": self.feed.sha256,
         }
         keep, persister = self.recipe.checkpoint.keep, self._persister
         in_use = persister.busy_with if persister is not None else lambda: None
