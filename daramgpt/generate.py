@@ -70,7 +70,10 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from daramgpt.vector_math import choose_kernels
+
     disable_progress_bar()
+    choose_kernels()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(model_dir)

@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
             "ledger",
             "results_table",
             "text_table",
+            "vector_math",
         ),
         0,
     ),

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from daramgpt.attention import Documents
+from daramgpt.vector_math import choose_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,8 @@ IGNORED = -100
 # 16 MB of fp32 logits a chunk and model: the allocator hands larger blocks back, and page faults then cost more than
 # the arithmetic; smaller ones read the head's weights too often.
 CHUNK_LOGITS = 2**22
+# Whoever evaluates imports this first.
+choose_kernels()
 
 
 class Model(Protocol):

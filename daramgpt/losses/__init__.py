@@ -6,6 +6,7 @@
 from daramgpt.losses.fused import DistillationHead, Workspace, distillation_loss
 from daramgpt.losses.objective import DIVERGENCES, IGNORED_LABEL, Objective
 from daramgpt.losses.reference import distillation_loss_reference
+from daramgpt.vector_math import choose_kernels
 
 __all__ = [
     "DIVERGENCES",
@@ -16,3 +17,6 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_reference",
 ]
+
+# Whoever computes a loss imports this first.
+choose_kernels()

@@ -32,6 +32,7 @@ from daramgpt.teacher.quantised import (
     refit,
     weight_bytes,
 )
+from daramgpt.vector_math import choose_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,8 @@ __all__ = [
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Tokens that show whether a teacher gives finite values: few, as half precision is slow on many a CPU.
 TRIAL_TOKENS = 8
+# Whoever computes with a teacher imports this first.
+choose_kernels()
 
 
 @dataclass(frozen=True)
