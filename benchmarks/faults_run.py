@@ -13,6 +13,7 @@ from types import TracebackType
 
 from benchmarks import machine
 from daramgpt import checkpoint
+from daramgpt.engine import without_rank
 from daramgpt.ledger import entries
 from daramgpt.run_directory import RunDirectory
 
@@ -61,7 +62,7 @@ States = dict[int, dict[str, str]]
 
 def environment() -> dict[str, str]:
     """As launch.sh starts a training, on the CPU, which gives the same bits every time."""
-    found = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    found = without_rank(os.environ)
     found |= {**machine.SIDE_ENVIRONMENT, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}
     return found | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

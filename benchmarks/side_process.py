@@ -14,7 +14,7 @@ import transformers
 
 from benchmarks.machine import SIDE_ENVIRONMENT
 from daramgpt import hardware
-from daramgpt.engine import import_deepspeed
+from daramgpt.engine import import_deepspeed, without_rank
 from daramgpt.errors import UserError
 
 
@@ -32,8 +32,8 @@ class SideProcess:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(*arguments, theirs), daemon=True)
-        # The allocator reads its settings when the process starts.
-        with _environment(SIDE_ENVIRONMENT):
+        # The allocator reads its settings when the process starts. A rank that this process is may not be the side's.
+        with _environment({**without_rank(os.environ), **SIDE_ENVIRONMENT}):
             self._process.start()
         theirs.close()
 
@@ -104,7 +104,9 @@ def _answer(work: Callable[..., Any], *arguments: Any) -> None:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Only these, in here."""
     before = dict(os.environ)
+    os.environ.clear()
     os.environ.update(values)
     try:
         yield

@@ -33,6 +33,8 @@ REFUSAL = "error: "
 _REFUSED = re.compile(rf"(?:\S+: )?{REFUSAL}(.*)")
 # As DeepSpeed's launcher has it.
 MASTER_PORT = 29500
+# In what a rank says where a port that was free a moment ago is not any more.
+PORT_TAKEN = "EADDRINUSE"
 # netdevice(7): the IPv4 address of an interface.
 _SIOCGIFADDR = 0x8915
 
@@ -203,6 +205,8 @@ def _run_ranks(arguments: list[str], num_ranks: int, nodes: Nodes | None, run: R
         for line in _refusals(text):
             if line.startswith(START_AGAIN):
                 return line.removeprefix(START_AGAIN)
+            if nodes is None and PORT_TAKEN in line:
+                return "another program has taken the port of the ranks"
     _explain(said[log_file], code, log_file)
 
 

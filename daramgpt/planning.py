@@ -240,6 +240,9 @@ def _probed(
     fitting = [rows for rows in range(1, plan["predicted"]["largest_micro_batch_rows"] + 1) if rows_a_rank % rows == 0]
     rows = probe.candidates(fitting, plan["context_tokens"], device)
     say(f"{part.label}: trying {', '.join(map(str, rows))} rows a forward pass, each in a process of its own")
+    from daramgpt.engine import without_rank
+
+    own_rank = without_rank(os.environ)
     with tempfile.TemporaryDirectory(prefix="daramgpt-probe-") as scratch:
         folder = Path(scratch)
         (folder / "recipe.toml").write_text(recipes.dump(whole), encoding="utf-8")
@@ -251,7 +254,7 @@ def _probed(
             alone = planner.with_micro_batch(alone, candidate)
             job = {"run": str(run.path), "label": part.label, "plan": alone}
             write_json(folder / "job.json", job)
-            return probe.try_in_subprocess(["probe-candidate", str(folder)], alone, _alone(), run.log)
+            return probe.try_in_subprocess(["probe-candidate", str(folder)], alone, own_rank, run.log)
 
         found = probe.probe(rows, try_rows, say)
     total_tokens = plan["predicted"]["hours"] * plan["predicted"]["tokens_per_second"]
@@ -263,12 +266,6 @@ def _probed(
         found["reason"] = "no candidate got through; the micro-batch is that of the arithmetic"
         return {**plan, "probe": found}
     return {**planner.with_micro_batch(plan, found["fastest_rows"]), "probe": found}
-
-
-def _alone() -> dict[str, str]:
-    """The environment of a process that is the only rank, on the first GPU."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ranks}
 
 
 def try_candidate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,16 @@ from daramgpt.shards import Shards
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """The result of the small shape, as it is read from its file, and the folder that it was measured in."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    result = benchmarks.checkpoint.measure("small", 1, folder)
+    with pytest.MonkeyPatch.context() as patched, socket.create_server(("127.0.0.1", 0)) as server:
+        # As after a training in this process: its sides are ranks of their own.
+        for name, value in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_RANK", 0),
+            ("MASTER_PORT", server.getsockname()[1]),
+        ):
+            patched.setenv(name, str(value))
+        result = benchmarks.checkpoint.measure("small", 1, folder)
     machine.write_result(result, folder / "result.json")
     return json.loads((folder / "result.json").read_text(encoding="utf-8")), folder
 

@@ -86,7 +86,7 @@ def test_a_side_in_its_process_counts_what_the_loss_holds() -> None:
     assert side.repeat() > 0
     finished = side.finish()
     logits_bytes = 4 * measured.vocab_size * measured.tokens
-    assert 2 * logits_bytes < finished.peak_bytes < 20 * logits_bytes
+    assert 2 * logits_bytes < finished.peak_bytes < 30 * logits_bytes
     assert finished.loss > 0
 
 

@@ -11,6 +11,7 @@ import tiny_training
 from safetensors.torch import load_file
 
 from daramgpt.checkpoint import newest
+from daramgpt.engine import without_rank
 from daramgpt.run_directory import RunDirectory
 
 CONFIGS = ("cpu", "cpu-bf16")
@@ -19,7 +20,7 @@ CONFIGS = ("cpu", "cpu-bf16")
 def test_two_processes_of_two_threads_train_the_same_weights(tmp_path: Path) -> None:
     tiny_training.make_texts(tmp_path / "texts")
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
+        **without_rank(os.environ),
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from daramgpt.checkpoint import newest
+from daramgpt.engine import without_rank
 from daramgpt.ledger import sessions
 from daramgpt.run_directory import RunDirectory
 
@@ -77,7 +78,7 @@ STEPS_TO_SEE = 5
 DEADLINE_SECONDS = 120
 # An engine that another test began in this process has left a rank and a port behind, which are not for others.
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
+    **without_rank(os.environ),
     "CUDA_VISIBLE_DEVICES": "",
 }
 

@@ -141,6 +141,26 @@ def num_runs(folder: Path) -> int:
     return len((folder / "runs").read_text().splitlines())
 
 
+TAKEN = "error: the ranks of all nodes did not meet at 127.0.0.1:5: failed to listen, name: EADDRINUSE; start again"
+
+
+def test_ranks_whose_port_was_taken_meet_at_another(tmp_path: Path, fake_launcher: Path) -> None:
+    run = RunDirectory(tmp_path)
+    fake_launcher.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/lines\n' + TWICE.format(folder=tmp_path, line=TAKEN, log=run.log)
+    )
+    said: list[str] = []
+    launcher.start_ranks([], 2, None, run, said.append)
+    assert num_runs(tmp_path) == 3 and len(said) == 2 and "taken the port" in said[0]
+    ports = [line.split("--master_port ")[1].split()[0] for line in (tmp_path / "lines").read_text().splitlines()]
+    assert len(set(ports)) > 1
+    # The port of several machines is the user's choice.
+    fake_launcher.write_text(f'#!/bin/sh\necho "{TAKEN}" >>{run.node_log(1)}; exit 2')
+    nodes = launcher.Nodes(tmp_path / "hosts", {"a": 1, "b": 1}, node_rank=1)
+    with pytest.raises(UserError, match="EADDRINUSE"):
+        launcher.start_ranks([], 2, nodes, run)
+
+
 @pytest.mark.parametrize("speaker", ["this node", "another node", "a machine that pdsh has reached"])
 def test_ranks_are_started_until_none_asks_for_it(tmp_path: Path, fake_launcher: Path, speaker: str) -> None:
     run, nodes, line = RunDirectory(tmp_path), None, AGAIN

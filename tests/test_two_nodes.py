@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import run_on_ranks
 from test_run import ENVIRONMENT, RECIPE
 
 from daramgpt.checkpoint import newest
@@ -168,26 +169,22 @@ def test_two_nodes_train_the_run_of_one_process(
 
 
 CHECK = """
-import sys
+import os, sys
 from pathlib import Path
 from daramgpt.errors import UserError
 from daramgpt.launcher import check_agreement
-same, different = {"shards": "1"}, {"shards": "1", "plan.json": sys.argv[1], "checkpoints": sys.argv[1]}
-check_agreement(same, Path("log.txt"))
+rank, log = os.environ["RANK"], Path(sys.argv[1])
+same, different = {"shards": "1"}, {"shards": "1", "plan.json": rank, "checkpoints": rank}
+check_agreement(same, log)
 try:
-    check_agreement(different, Path("log.txt"))
+    check_agreement(different, log)
 except UserError as error:
     print(error.fault)
 """
 
 
 def test_nodes_that_would_read_different_things_are_refused_on_every_rank(tmp_path: Path) -> None:
-    port, ranks = free_port(), []
-    for rank in ("0", "1"):
-        environment = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        environment |= {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(Path(__file__).parents[1])}
-        line = [sys.executable, "-c", CHECK, rank]
-        ranks.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment))
-    for process in ranks:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    program = tmp_path / "check.py"
+    program.write_text(CHECK, encoding="utf-8")
+    for output in run_on_ranks(str(program), 2, tmp_path, tmp_path / "log.txt"):
         assert output.splitlines()[-1] == "not the same on every node: plan.json, checkpoints"

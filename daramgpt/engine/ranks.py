@@ -6,13 +6,21 @@ import contextlib
 import io
 import logging
 import os
-import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from daramgpt.errors import UserError
+
+# By which a launcher tells a process that it is one of several.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process that a rank, or one that was the only rank, starts to be a training of its own."""
+    return {name: value for name, value in environment.items() if name not in RANK_VARIABLES}
 
 
 def import_deepspeed(log: Path) -> Any:
@@ -41,7 +49,8 @@ def join_ranks(log: Path) -> Any:
         UserError: the other ranks were not reached in time.
     """
     deepspeed = import_deepspeed(log)
-    _single_process_environment()
+    if "RANK" not in os.environ:
+        _be_the_only_rank()
     try:
         deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
     except torch.distributed.DistError as error:
@@ -107,12 +116,10 @@ class _LogStream(io.TextIOBase):
             return file.write(text)
 
 
-def _single_process_environment() -> None:
+def _be_the_only_rank() -> None:
     """What a launcher would set; without it DeepSpeed asks for mpi4py."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.setdefault("MASTER_PORT", str(port))
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    # The system chooses the port as it is opened: one that was seen to be free may be another program's by then.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
