@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of phases and moments")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="daramgpt-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix=faults_run.FOLDER) as folder:
         return command.run(
             lambda: measure(arguments.kills, arguments.ranks, arguments.seed, Path(folder)),
             format_result,

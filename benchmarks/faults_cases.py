@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.command import progress
 from benchmarks.faults_program import TENSORS, WRITES
-from benchmarks.faults_run import COMPARED, Program, States, Tiny, one_refusal, tail
+from benchmarks.faults_run import COMPARED, FOLDER, Program, States, Tiny, one_refusal, tail
 from daramgpt.checkpoint import LATEST
 from daramgpt.errors import UserError
 from daramgpt.ledger import entries
@@ -32,6 +33,9 @@ CLOCK_SECONDS = 10 * 24 * 3600
 # Room beyond the copy on the small disk: a checkpoint more than it keeps, and what a save wants beside.
 SMALL_DISK_BYTES = 256 * 2**20
 MOST_SECONDS_TO_START = 120.0
+SMALL_DISK = "daramgpt-small-disk-"
+# A run directory of a case, wherever temporary files are.
+_PLACE = re.compile(rf"/[^\s:]*(?:{FOLDER}|{SMALL_DISK})[^\s/:]*/(?:damaged|full)")
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ def measure(base: Tiny, expected: States, folder: Path, program: Program) -> tup
 
     def note(name: str, outcome: str, said: str) -> None:
         progress(f"{name}: {outcome}")
-        rows.append({"name": name, "outcome": outcome, "said": said})
+        # Where a run lay while it was damaged says nothing.
+        rows.append({"name": name, "outcome": outcome, "said": _PLACE.sub("RUN", said)})
 
     for case in damages():
         run = base.copy(folder / "damaged")
@@ -185,7 +190,7 @@ def measure(base: Tiny, expected: States, folder: Path, program: Program) -> tup
         has_changed = kept(run.directory) != before
         fault = _fault(run, expected) if code == 0 else None
         outcome = judged(code, run.said(), case.named, has_changed, fault)
-        note(case.name, outcome, _said(run, fault if outcome == "lost" else None))
+        note(case.name, outcome, _said(run, case.named, fault if outcome == "lost" else None))
     note("two processes", *_two_processes(base.copy(folder / "damaged"), expected, program))
     with small_disk(base) as disk:
         for write in WRITES:
@@ -201,8 +206,10 @@ def _fault(run: Tiny, expected: States) -> str | None:
         return str(error)
 
 
-def _said(run: Tiny, fault: str | None) -> str:
-    return fault or one_refusal(run.said()) or tail(run)
+def _said(run: Tiny, named: str, fault: str | None) -> str:
+    """What is wrong, else the line that names what was damaged, else the last one."""
+    lines = (line for line in run.said().splitlines() if named in line)
+    return fault or one_refusal(run.said()) or next(lines, tail(run))
 
 
 def _two_processes(run: Tiny, expected: States, program: Program) -> tuple[str, str]:
@@ -255,7 +262,7 @@ def _full_disk(run: Tiny, write: str, disk: Path | None, expected: States, progr
 def small_disk(base: Tiny) -> Iterator[Path | None]:
     """A file system of its own in memory, with room for a copy; None where none may be mounted."""
     held = sum(path.stat().st_size for path in base.directory.path.rglob("*") if path.is_file())
-    with tempfile.TemporaryDirectory(prefix="daramgpt-small-disk-") as folder:
+    with tempfile.TemporaryDirectory(prefix=SMALL_DISK) as folder:
         size = f"size={held + SMALL_DISK_BYTES}"
         try:
             mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True)

@@ -18,6 +18,8 @@ from daramgpt.ledger import entries
 from daramgpt.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
+# Beginning of the name of the temporary folder that all of it lies in.
+FOLDER = "daramgpt-faults-"
 # Of the kept files, those that say where a training stands: weights and both moments.
 COMPARED = ("weights", "exp_avg", "exp_avg_sq")
 # Checkpoints of 80 MB, so that saving and removing last long enough to be hit, and steps of a fraction of a second.
