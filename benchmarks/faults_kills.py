@@ -36,6 +36,8 @@ FIRST_GUESS_SECONDS = {"start": 1.0, "load": 3.0, "step": 0.1, "save": 0.2, "pru
 MOST_PASSED = 4
 # What a rank leaves behind by dying has so long to end.
 MOST_SECONDS_TO_END = 60.0
+# Of the log of a run that failed.
+LOG_CHARACTERS = 6000
 # By this a session's processes are found, whoever is their parent by then.
 MARK = "DARAMGPT_FAULTS_SESSION"
 
@@ -245,6 +247,9 @@ def measure(planned: Tiny, expected: States, kills: int, num_ranks: int, path: P
             finished_identical += fault is None
             findings += [f"a run at its end: {fault}"] if fault else []
             progress(f"run {finished}: {fault or 'ended like the undisturbed one'}")
+            if code:
+                # The next run takes its place.
+                progress(run.directory.log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:])
             run = None
             continue
         is_single = session.kill(aim.chance, num_ranks > 1 and 2 * singles <= done)
