@@ -3,7 +3,7 @@
 #
 #   bash launch.sh [RECIPE=quickstart] [--corpus DIR] [--ds-config FILE] [--hours H] [--run DIR] [--set key=value ...]
 #                  [--after-save CMD] [--num-gpus N] [--hostfile FILE [--node-rank N] [--master-addr A] [--master-port P]]
-#                  [--wheels DIR] [--dry-run]
+#                  [--allow-changes] [--wheels DIR] [--dry-run]
 #   bash launch.sh [--wheels DIR] test [PYTEST ARGUMENTS ...]
 #
 #   RECIPE            quickstart (makes its own corpus and teacher), daramgpt (the full run), or a .toml file
@@ -14,6 +14,7 @@
 #   --after-save CMD  run CMD with the path of each new checkpoint behind it; persistence.directory and persistence.hub
 #                     of the recipe keep copies elsewhere, from which a session on an empty machine goes on
 #   --set key=value   override a key of the recipe; may be repeated
+#   --allow-changes   go on with another loss, optimizer or schedule than the run was begun with
 #   --num-gpus N      GPUs to train on (default: all)
 #   --hostfile FILE   machines to train on, as DeepSpeed's launcher reads them; pdsh and ssh start their ranks
 #   --node-rank N     without pdsh and ssh, one command a machine: its line in the hostfile, from 0. 0 does everything,
@@ -33,7 +34,7 @@ fail() { echo "launch.sh: $1" >&2; exit 2; }
 # --- The command line. Paths stay as they were given: they are relative to the folder you are in. ---
 
 recipe='' extra='' dry_run='' wheels=''
-common=() ranks=() session=() overrides=() node_rank=0
+common=() ranks=() session=() overrides=() changes=() node_rank=0
 while (($#)); do
     option=$1; shift
     if [[ $option == --*=* ]]; then set -- "${option#*=}" "$@"; option=${option%%=*}; fi
@@ -52,6 +53,7 @@ while (($#)); do
         esac
         shift ;;
     --dry-run) dry_run=1 ;;
+    --allow-changes) changes=(--allow-changes) ;;
     -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     -*) fail "unknown option $option; see bash launch.sh --help" ;;
     test) [[ -z $recipe ]] || fail "two recipes, $recipe and test; give one"; extra=dev; break ;;
@@ -62,6 +64,12 @@ recipe=${recipe:-quickstart}
 steps=(doctor prepare plan train evaluate export report)
 processes=(-n auto --maxprocesses 4) # of the test suite: half of what a test does is to import libraries
 if [[ $node_rank != 0 ]]; then steps=(train); fi # the other machines join the ranks of the first one
+choose_options() { # of a step
+    options=("${common[@]}")
+    if [[ $1 == plan || $1 == train ]]; then options+=("${ranks[@]}"); fi
+    if [[ $1 == train ]]; then options+=("${session[@]}"); fi
+    if [[ $1 == doctor || $1 == prepare || $1 == plan || $1 == train ]]; then options+=("${changes[@]}"); fi
+}
 
 # --- The environment: .venv beside this script, made once. ---
 
@@ -115,9 +123,7 @@ if [[ -n $dry_run ]]; then
     echo "Would run:"
     if [[ -n $extra ]]; then echo "  python -m pytest ${processes[*]} $(((!$#)) || printf '%q ' "$@")"; exit 0; fi
     for command in "${steps[@]}"; do
-        options=("${common[@]}")
-        if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
-        if [[ $command == train ]]; then options+=("${session[@]}"); fi
+        choose_options "$command"
         echo "  python -m daramgpt $(printf '%q ' "$command" "$recipe" "${options[@]}")"
     done
     exit 0
@@ -207,13 +213,11 @@ DARAMGPT_SESSION_START=$(date +%s) SECONDS=0 # --hours counts from here
 export DARAMGPT_SESSION_START
 
 code=0
-daramgpt status "$recipe" "${common[@]}" --quiet || code=$?
+daramgpt status "$recipe" "${common[@]}" "${changes[@]}" --quiet || code=$?
 if ((code != 3)); then exit "$code"; fi # 0: all is done, and it said so; 3: there is work left
 
 for command in "${steps[@]}"; do
-    options=("${common[@]}")
-    if [[ $command == plan || $command == train ]]; then options+=("${ranks[@]}"); fi
-    if [[ $command == train ]]; then options+=("${session[@]}"); fi
+    choose_options "$command"
     code=0
     daramgpt "$command" "$recipe" "${options[@]}" || code=$?
     # 143: ended by our SIGTERM itself; what a command has done so far is kept, and the next run goes on from it.

@@ -25,10 +25,11 @@ from daramgpt import checkpoint, hardware, malloc, student, train
 from daramgpt import recipe as recipes
 from daramgpt.engine import Distiller, import_deepspeed
 from daramgpt.progress import Console
-from daramgpt.recipe import Loss, Recipe, settings_that_matter
+from daramgpt.recipe import Loss, Recipe
+from daramgpt.recipe_changes import settings_that_matter
 from daramgpt.run_directory import RunDirectory
 from daramgpt.shards import Feed, Shards
-from daramgpt.train import Horizon, Position, StopRequest
+from daramgpt.train import Horizon, Position, StopRequest, Training
 
 # Stretches the run: its last step is as far from its first as that of a long one.
 PASSES = 1000
@@ -230,7 +231,7 @@ def load(setup: Setup) -> Timed:
 
     with phases.watching(), mock.patch.object(train, "Loop", loop):
         console, stop, start = Console(silent=True), StopRequest(None), time.perf_counter()
-        train.train(recipe, run, shards, plan, None, stop, console, run.ledger, "here", "student")
+        train.train(Training("student", recipe, run, plan, shards, None, stop, console, run.ledger, "here"))
     ((seconds, step),) = reached
     assert step == plan["num_steps"] - 1, f"went on from step {step} of {plan['num_steps']}"
     return Timed(seconds, phases.seconds)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from daramgpt.ledger import Session
 from daramgpt.recipe import Budget
@@ -73,6 +74,31 @@ def left(budget: Budget, found: Sequence[Session], now: float) -> Left:
         bounds.append(Left(this_week, f"budget.weekly_hours = {budget.weekly_hours:g}"))
     smallest = min(bounds, key=lambda bound: bound.seconds)
     return Left(max(0.0, smallest.seconds), smallest.bound)
+
+
+def has_grown(budget: Budget, placed_by: float | None) -> bool:
+    """Whether the run's hours are more than those that its schedule was to end with.
+
+    Args:
+        budget: of the recipe.
+        placed_by: hours that a checkpoint's horizon was placed by; None where the curriculum ends it.
+    """
+    return placed_by is not None and budget.budget_hours > placed_by
+
+
+def end_step(state: dict[str, Any], num_steps: int, budget: Budget) -> int:
+    """Steps after which a training is over: its curriculum's, or fewer where hours end it and none were added.
+
+    Args:
+        state: of its newest checkpoint.
+        num_steps: of the curriculum.
+        budget: of the recipe.
+    """
+    horizon, end = state.get("horizon"), state.get("num_steps")
+    placed_by = horizon.get("budget_hours") if isinstance(horizon, dict) else None
+    if not isinstance(end, int) or end < 1 or (isinstance(placed_by, int | float) and has_grown(budget, placed_by)):
+        return num_steps
+    return end
 
 
 def _of_run(budget: Budget) -> str:

@@ -460,39 +460,3 @@ def _toml_key(key: str) -> str:
 def _toml_value(value: Any) -> str:
     # JSON is TOML here but for one control character, which JSON leaves as it is and TOML forbids.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def settings_that_matter(recipe: Recipe) -> dict[str, Any]:
-    """Keys that decide the result of a run, but for the rounding of its arithmetic, and their JSON values."""
-    free: Any = {
-        "budget": True,
-        "checkpoint": True,
-        "evaluation": True,
-        "name": True,
-        "engine": True,
-        "persistence": True,
-    }
-    free |= {"corpus": {"workers"}}
-    return dict(_flatten(recipe.model_dump(mode="json", exclude=free)))
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys that decide the result of a run and differ, as ``"key: old → new"``."""
-    return changes(settings_that_matter(old), settings_that_matter(new))
-
-
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """As `differences`, of what `settings_that_matter` gave."""
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flatten(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, dict) and data:
-        for key, value in data.items():
-            yield from _flatten(value, f"{path}.{key}" if path else key)
-    else:
-        yield path, data

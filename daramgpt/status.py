@@ -9,7 +9,7 @@ from typing import Any
 
 from daramgpt import budget, checkpoint, recipe
 from daramgpt.ledger import Session, sessions
-from daramgpt.recipe import Recipe
+from daramgpt.recipe import Budget, Recipe
 from daramgpt.run_directory import RunDirectory, is_locked, read_json
 from daramgpt.text_table import aligned
 
@@ -54,8 +54,12 @@ class Status:
     calendar: str
 
 
-def read(run: RunDirectory) -> Status:
+def read(run: RunDirectory, hours: Budget | None = None) -> Status:
     """Where a run stands; a directory without a run is ``new``.
+
+    Args:
+        run: its directory.
+        hours: those of the command line; None = as the run's own recipe says.
 
     Raises:
         UserError: its recipe cannot be read.
@@ -65,9 +69,9 @@ def read(run: RunDirectory) -> Status:
     plan = read_json(run.plan)
     found = sessions(run.ledger)
     step, num_steps = _count(position, "step"), _count(plan, "num_steps")
-    if num_steps:
-        # Of the schedule's horizon, which hours may place before the end of the curriculum.
-        num_steps = _count(position, "num_steps") or num_steps
+    hours = hours or (stored.budget if stored else None)
+    if num_steps and hours is not None:
+        num_steps = budget.end_step(position, num_steps, hours)
     missing = _missing(stored, run, step, num_steps)
     if is_locked(run):
         state = "running"
@@ -88,7 +92,7 @@ def read(run: RunDirectory) -> Status:
         stages=_stages(run, plan, step),
         sessions=found,
         hours_used=sum(session.seconds for session in found) / 3600,
-        budget_hours=stored.budget.budget_hours if stored else 0.0,
+        budget_hours=hours.budget_hours if hours else 0.0,
         missing=missing,
         calendar=calendar_line(stored, run, found) if stored else "",
     )

@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
             "moments",
             "progress",
             "quickstart",
+            "recipe_changes",
             "student",
             "teacher",
         ),

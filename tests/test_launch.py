@@ -191,6 +191,14 @@ def test_dry_run_tells_what_and_why_and_creates_nothing(
     assert [command[0] for command in commands if "--num-gpus" in command] == ["plan", "train"]
 
 
+def test_other_settings_are_allowed_to_those_that_refuse_them(checkout: Checkout) -> None:
+    lines = checkout.launch("--dry-run", "--allow-changes", "--set", "loss.ce_weight=0.2").stdout.splitlines()
+    steps = {
+        line.split(" -m daramgpt ")[1].split()[0]: "--allow-changes" in line for line in lines if "-m daramgpt" in line
+    }
+    assert [step for step, is_allowed in steps.items() if is_allowed] == ["doctor", "prepare", "plan", "train"]
+
+
 def test_dry_run_says_what_the_recipe_and_the_command_line_decide(checkout: Checkout) -> None:
     checkout.put_gpus(GPUS["H100"])
     done = checkout.launch("--dry-run", "--set", "teacher.precision=bf16")

@@ -21,7 +21,7 @@ from daramgpt.engine import StepResult
 from daramgpt.progress import Console
 from daramgpt.recipe import Recipe, validate
 from daramgpt.run_directory import RunDirectory
-from daramgpt.train import Position, StopRequest
+from daramgpt.train import Position, StopRequest, Training
 from daramgpt.train.loop import BEAT_SECONDS, Loop
 from daramgpt.train.schedule import first_horizon
 
@@ -152,26 +152,26 @@ class LongRun:
     def session(self, step_seconds: float) -> str | None:
         """How a session ended; None where it was killed."""
         saved = checkpoint.newest(self.run.checkpoints, self.console)
-        weights, position = None, Position(first_horizon(self.plan, HOUR * BUDGET_HOURS))
+        weights, position = None, Position(first_horizon(self.plan, BUDGET_HOURS))
         if saved is not None:
             weights = saved.weights()["steps"]
             position = Position.read(saved.state, self.plan["num_steps"])
         distiller = Distiller(self.clock, step_seconds, weights)
         start = self.clock.now
         stop = StopRequest(start + SESSION_HOURS * HOUR)
-        loop = Loop(
+        training = Training(
+            "student",
             self.recipe,
             self.run,
             self.plan,
-            Feed(self.plan["num_steps"]),  # type: ignore[arg-type]
-            distiller,  # type: ignore[arg-type]
-            position,
+            None,  # type: ignore[arg-type]
+            None,
             stop,
             self.console,
             self.run.ledger,
             "here",
-            "student",
         )
+        loop = Loop(training, Feed(self.plan["num_steps"]), distiller, position)  # type: ignore[arg-type]
         try:
             return loop()
         except KilledError:

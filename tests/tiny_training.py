@@ -111,16 +111,18 @@ class Training:
         console = Console(self.run.log)
         with (self.run.path / "said.txt").open("a") as console.rich.file:
             return train.train(
-                self.recipe,
-                self.run,
-                self.shards,
-                plan,
-                self.teacher,
-                train.StopRequest(None),
-                console,
-                self.run.ledger,
-                "here",
-                "student",
+                train.Training(
+                    "student",
+                    self.recipe,
+                    self.run,
+                    plan,
+                    self.shards,
+                    self.teacher,
+                    train.StopRequest(None),
+                    console,
+                    self.run.ledger,
+                    "here",
+                )
             )
 
     def losses(self) -> list[float]:

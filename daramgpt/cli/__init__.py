@@ -15,6 +15,7 @@ import typer
 
 from daramgpt.cli import exit_codes
 from daramgpt.cli.options import (
+    AllowChangesOption,
     CorpusOption,
     DsConfigOption,
     HostfileOption,
@@ -50,12 +51,13 @@ def _begin(
     run: Path | None,
     settings: list[str] | None,
     keeps_log: bool = True,
+    allows_changes: bool = False,
 ) -> tuple[Recipe, RunDirectory, Console]:
     from daramgpt import commands
     from daramgpt.errors import UserError
     from daramgpt.progress import Console
 
-    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings, allows_changes)
     exit_codes.note_folder(directory.path)
     if keeps_log:
         try:
@@ -83,11 +85,12 @@ def doctor(
     ds_config: DsConfigOption = None,
     run: RunOption = None,
     settings: SetOption = None,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """Check this machine and what the recipe names; exit 2 when something blocks the run."""
     from daramgpt import commands
 
-    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, keeps_log=False)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, False, allow_changes)
     commands.doctor(resolved, directory, console)
 
 
@@ -102,12 +105,14 @@ def prepare(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it will take: tokens, disk, time.")
     ] = False,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """Read the corpora in the order of the curriculum and write token shards."""
     from daramgpt import commands
 
     settings = [*(settings or []), *(["corpus.strict=true"] if strict else [])]
-    commands.prepare(*_begin(recipe, corpus, ds_config, run, settings), estimate_only=estimate)
+    begun = _begin(recipe, corpus, ds_config, run, settings, allows_changes=allow_changes)
+    commands.prepare(*begun, estimate_only=estimate, allows_changes=allow_changes)
 
 
 @app.command()
@@ -123,6 +128,7 @@ def plan(
         str | None, typer.Option("--gpu", help='Only say what "T4 x 2" or another GPU would take; nothing is frozen.')
     ] = None,
     gpus: Annotated[bool, typer.Option("--gpus", help="Only say what each known GPU would take.")] = False,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """Choose micro-batch, precision and schedule, predict memory and hours, and freeze them in plan.json."""
     from daramgpt import commands
@@ -132,7 +138,7 @@ def plan(
         print("\n".join(commands.forecast(wanted, run_directory, [] if gpu is None else [gpu])))
         return
     nodes = _nodes(num_gpus, hostfile)
-    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, allows_changes=allow_changes)
     commands.plan(resolved, directory, console, num_gpus, nodes)
 
 
@@ -152,6 +158,7 @@ def train(
     after_save: Annotated[
         str | None, typer.Option("--after-save", help="Command run with each new checkpoint: persistence.after_save.")
     ] = None,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """Train, from the newest checkpoint on, until the end, the deadline, or a signal."""
     from daramgpt import commands
@@ -159,8 +166,8 @@ def train(
     nodes = _nodes(num_gpus, hostfile, node_rank, master_addr, master_port)
     if after_save is not None:
         settings = [*(settings or []), f"persistence.after_save={json.dumps(after_save, ensure_ascii=False)}"]
-    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
-    commands.train_on_ranks(resolved, directory, console, hours, num_gpus, nodes)
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings, allows_changes=allow_changes)
+    commands.train_on_ranks(resolved, directory, console, hours, num_gpus, nodes, allow_changes)
 
 
 @app.command()
@@ -216,6 +223,7 @@ def status(
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Exit 0 when all is done, else 3.")] = False,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """Show how far a run is: each stage, each session."""
     from dataclasses import asdict
@@ -223,8 +231,8 @@ def status(
     from daramgpt import commands
     from daramgpt import status as statuses
 
-    _, directory = commands.resolve(recipe, corpus, ds_config, run, settings)
-    found = statuses.read(directory)
+    resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings, allow_changes)
+    found = statuses.read(directory, resolved.budget)
     if quiet:
         if found.state != "done":
             raise typer.Exit(3)
@@ -271,6 +279,7 @@ def train_rank(
     node: Annotated[int, typer.Option("--node")],
     session_start: Annotated[float, typer.Option("--session-start")],
     hours: HoursOption = None,
+    allow_changes: AllowChangesOption = False,
 ) -> None:
     """One rank of a training that a launcher has started."""
     from daramgpt import commands
@@ -281,7 +290,8 @@ def train_rank(
     directory = RunDirectory(run)
     resolved = recipes.load(str(directory.session_recipe(node)))
     is_first = os.environ["RANK"] == "0"
-    commands.train(resolved, directory, Console(directory.log, silent=not is_first), hours, session_start)
+    console = Console(directory.log, silent=not is_first)
+    commands.train(resolved, directory, console, hours, session_start, allow_changes)
 
 
 def main() -> None:

@@ -15,6 +15,9 @@ HoursOption = Annotated[
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory; default: runs/RECIPE.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key.")]
+AllowChangesOption = Annotated[
+    bool, typer.Option("--allow-changes", help="Go on with another loss, optimizer, schedule or teacher.precision.")
+]
 NumGpusOption = Annotated[int | None, typer.Option("--num-gpus", min=1, help="Ranks on this machine; default: all.")]
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed hostfile of several machines.")]
 NodeRankOption = Annotated[

@@ -19,7 +19,7 @@ from daramgpt.commands.resolution import resolve, run_directory
 from daramgpt.commands.training import train, train_on_ranks
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
-from daramgpt.run_directory import RunDirectory, locked, write_atomically
+from daramgpt.run_directory import RunDirectory, locked, write_atomically, write_json
 
 if TYPE_CHECKING:
     from daramgpt.launcher import Nodes
@@ -56,13 +56,15 @@ def doctor(recipe: Recipe, run: RunDirectory, console: Console) -> None:
         raise UserError(f"the run cannot begin: {'; '.join(blocked)}", "mend that and run the same command again")
 
 
-def prepare(recipe: Recipe, run: RunDirectory, console: Console, estimate_only: bool = False) -> None:
+def prepare(
+    recipe: Recipe, run: RunDirectory, console: Console, estimate_only: bool = False, allows_changes: bool = False
+) -> None:
     """Corpus → tokenizer → token shards; or, of the shards, only what they would take."""
     from daramgpt import shards
 
     with locked(run):
         if not estimate_only:
-            copies.fetch(recipe, run, console)
+            copies.fetch(recipe, run, console, allows_changes)
             write_atomically(run.recipe, recipes.dump(recipe))
         _make_corpus(recipe, run, console)
         assert recipe.teacher is not None
@@ -149,6 +151,8 @@ def plan(
             old = frozen[label]
             changes = () if old is None else planning.changes(old, part, machine, ranks)
             if old is not None and (not changes or _is_trained(part_run, old)):
+                if (followed := planner.with_recipe(old, part)) != old:
+                    write_json(part_run.plan, followed)
                 continue
             if changes:
                 console(f"{label}: planning anew, the batch a step stays ({'; '.join(changes)})")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from daramgpt import recipe as recipes
-from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
+from daramgpt.recipe_changes import differences, refuse
 from daramgpt.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def targets(recipe: Recipe) -> list[Target]:
     return found
 
 
-def fetch(recipe: Recipe, run: RunDirectory, console: Console) -> None:
+def fetch(recipe: Recipe, run: RunDirectory, console: Console, allows_changes: bool = False) -> None:
     """Bring what the places of the recipe have beyond this run directory; the caller holds its lock.
 
     Raises:
@@ -43,8 +43,6 @@ def fetch(recipe: Recipe, run: RunDirectory, console: Console) -> None:
     from daramgpt import persistence
 
     persistence.fetch(places, run, console)
-    if run.recipe.is_file() and (changed := recipes.differences(recipes.load(str(run.recipe)), recipe)):
-        raise UserError(
-            f"{run.recipe}: that run was begun with other settings: {'; '.join(changed)}",
-            "give the same settings, or another --run",
-        )
+    if run.recipe.is_file():
+        changed = differences(recipes.load(str(run.recipe)), recipe)
+        refuse(changed, f"{run.recipe}: that run was begun with", allows_changes)

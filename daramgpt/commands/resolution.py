@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from daramgpt import recipe as recipes
-from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
+from daramgpt.recipe_changes import differences, refuse
 from daramgpt.run_directory import RunDirectory
 
 
@@ -18,11 +18,13 @@ def resolve(
     ds_config: str | None = None,
     run_path: Path | None = None,
     settings: list[str] | None = None,
+    allows_changes: bool = False,
 ) -> tuple[Recipe, RunDirectory]:
     """The recipe and the run directory that a command line means.
 
     A run keeps the recipe it was made with. A command that gives no settings of its own uses that one; settings that
-    would change what the run computes are refused with the difference.
+    would change what the run computes are refused with the difference, but for those that `allows_changes` lets pass;
+    see `recipe_changes`.
 
     Raises:
         UserError: the recipe is at fault, or differs from the run's.
@@ -39,11 +41,7 @@ def resolve(
         stored = recipes.load(str(run.recipe))
         if not overrides:
             return stored, run
-        if changed := recipes.differences(stored, recipe):
-            raise UserError(
-                f"{run.recipe}: that run was begun with other settings: {'; '.join(changed)}",
-                "give the same settings, or another --run",
-            )
+        refuse(differences(stored, recipe), f"{run.recipe}: that run was begun with", allows_changes)
     return recipe, run
 
 

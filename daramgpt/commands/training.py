@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daramgpt import hardware
+from daramgpt import budget, hardware
 from daramgpt import recipe as recipes
 from daramgpt.commands import copies
 from daramgpt.commands.parts import export_teacher, load_teacher, open_shards, parts_of, teacher_dir
 from daramgpt.errors import UserError
+from daramgpt.ledger import sessions
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory, locked, write_atomically
 
@@ -33,6 +35,7 @@ def train_on_ranks(
     hours: float | None,
     num_gpus: int | None,
     nodes: Nodes | None,
+    allows_changes: bool = False,
 ) -> None:
     """Train in this process, or where the plan has several ranks, in as many that DeepSpeed's launcher starts.
 
@@ -42,6 +45,7 @@ def train_on_ranks(
         hours: as from `train`.
         num_gpus: ranks on this machine that the command line asks for; must be those of the plan.
         nodes: several machines; as from `launcher.read_nodes`.
+        allows_changes: go on with other settings, as far as `recipe_changes.CHANGEABLE` goes.
 
     Raises:
         UserError: there is no plan or it is for other ranks, the shards are missing, or a rank refused to go on.
@@ -62,9 +66,9 @@ def train_on_ranks(
         if not node_rank:
             # That of another node is not this one's to remove.
             run.stop_request.unlink(missing_ok=True)
-            copies.fetch(recipe, run, console)
+            copies.fetch(recipe, run, console, allows_changes)
         if world_size == 1:
-            train(recipe, run, console, hours)
+            train(recipe, run, console, hours, allows_changes=allows_changes)
             return
         if nodes is not None and node_rank is not None:
             console(
@@ -74,6 +78,7 @@ def train_on_ranks(
         write_atomically(run.session_recipe(node_rank), recipes.dump(recipe))
         arguments = ["train-rank", str(run.path), "--node", str(node_rank or 0), "--session-start"]
         arguments += [str(_session_start()), *(["--hours", str(hours)] if hours is not None else [])]
+        arguments += ["--allow-changes"] if allows_changes else []
         launcher.start_ranks(arguments, world_size, nodes, run, console)
 
 
@@ -92,7 +97,12 @@ def _check_ranks(run: RunDirectory, world_size: int, num_gpus: int | None, nodes
 
 
 def train(
-    recipe: Recipe, run: RunDirectory, console: Console, hours: float | None, session_start: float | None = None
+    recipe: Recipe,
+    run: RunDirectory,
+    console: Console,
+    hours: float | None,
+    session_start: float | None = None,
+    allows_changes: bool = False,
 ) -> str:
     """Train the run and its parts on this rank, as far as the session goes.
 
@@ -101,6 +111,7 @@ def train(
         console: for lines.
         hours: of this session; None = as the recipe says.
         session_start: Unix time; None = as ``launch.sh`` says, else now.
+        allows_changes: as of `train_on_ranks`.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``.
@@ -114,14 +125,26 @@ def train(
     start = _session_start() if session_start is None else session_start
     stop = StopRequest(None if hours is None else start + 3600 * hours, run.stop_request)
     stop.listen()
-    machine = hardware.detect().describe()
     persister = _persister(recipe, run, console)
+    session = _Session(run, stop, console, hardware.detect().describe(), persister, allows_changes)
     try:
-        return _train_parts(recipe, run, console, stop, machine, persister)
+        return _train_parts(recipe, session)
     finally:
         if persister is not None:
             # Done or not: whoever asked for a stop waits for it.
             persister.finish(COPY_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What all trainings of a run have in common in this process; `Training` has the meaning of each."""
+
+    run: RunDirectory
+    stop: StopRequest
+    console: Console
+    machine: str
+    persister: Persister | None
+    allows_changes: bool
 
 
 def _persister(recipe: Recipe, run: RunDirectory, console: Console) -> Persister | None:
@@ -133,22 +156,16 @@ def _persister(recipe: Recipe, run: RunDirectory, console: Console) -> Persister
     return Persister(places, run, recipe.checkpoint.keep, console)
 
 
-def _train_parts(
-    recipe: Recipe,
-    run: RunDirectory,
-    console: Console,
-    stop: StopRequest,
-    machine: str,
-    persister: Persister | None,
-) -> str:
+def _train_parts(recipe: Recipe, session: _Session) -> str:
     """One training after the other, until one stops before its end."""
     from daramgpt import launcher, planner
 
+    run, console = session.run, session.console
     for label, part, part_run in parts_of(recipe, run):
         frozen = planner.read_plan(part_run)
         if frozen is None:
             raise UserError(f"{part_run.plan} is missing", f"run: python -m daramgpt plan {recipe.name}")
-        reason = _train_part(label, part, part_run, frozen, run, stop, console, machine, persister)
+        reason = _train_part(label, part, part_run, planner.with_recipe(frozen, part), session)
         if reason != "done":
             console(f"{label}: stopped ({reason}); everything is saved, the same command goes on from here")
             return reason
@@ -160,43 +177,58 @@ def _train_parts(
     return "done"
 
 
-def _train_part(
-    label: str,
-    part: Recipe,
-    part_run: RunDirectory,
-    frozen: dict[str, Any],
-    run: RunDirectory,
-    stop: StopRequest,
-    console: Console,
-    machine: str,
-    persister: Persister | None,
-) -> str:
-    """One training; returns at once where all its steps are trained."""
+def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[str, Any], session: _Session) -> str:
+    """One training; returns at once where all its steps are trained, or no hours are left."""
     from daramgpt import checkpoint, launcher
 
+    run, console = session.run, session.console
     saved = checkpoint.newest(part_run.checkpoints, console)
+    left = budget.left(part.budget, sessions(run.ledger), time.time())
     facts = {
         "settings": part.model_dump_json(exclude={"corpus": True, "teacher": {"model"}, "engine": {"ds_config"}}),
         "plan.json": json.dumps(frozen),
         "shards": _text(run.shards / "index.json"),
         "checkpoints": f"{saved.path.name} {saved.sha256}" if saved else "none",
+        "hours left": str(left.seconds > 0),
     }
+    teacher_sha256 = None
     if part.teacher is not None:
-        facts["the teacher's config.json"] = _text(teacher_dir(part, run) / "config.json")
+        from daramgpt import teacher
+
+        teacher_sha256 = facts["the teacher"] = teacher.fingerprint(teacher_dir(part, run))
     launcher.check_agreement(facts, run.log)
-    if saved is not None and saved.state["step"] >= saved.state["num_steps"]:
-        console(f"{label}: all {saved.state['num_steps']:,} steps are trained")
-        return "done"
+    if saved is not None:
+        end_step = budget.end_step(saved.state, frozen["num_steps"], part.budget)
+        if saved.state["step"] >= end_step:
+            console(f"{label}: all {end_step:,} steps are trained")
+            return "done"
+    if not left.seconds:
+        console(f"{label}: no hours are left ({left.bound}); raise that to go on now")
+        return "deadline"
     # What is not needed to find that out is imported from here on.
-    from daramgpt.train import train as train_loop
+    from daramgpt import train
 
     loaded = None
     if part.teacher is not None:
         loaded = load_teacher(part, run, frozen)
         weights = f"{frozen['teacher_precision']}, {loaded.weight_bytes / 1e6:,.1f} MB"
         console(f"teacher: {loaded.num_parameters:,} parameters, {weights}")
-    return train_loop(
-        part, part_run, open_shards(run), frozen, loaded, stop, console, run.ledger, machine, label, persister
+    return train.train(
+        train.Training(
+            label,
+            part,
+            part_run,
+            frozen,
+            open_shards(run),
+            loaded,
+            session.stop,
+            console,
+            run.ledger,
+            session.machine,
+            session.persister,
+            teacher_sha256,
+            session.allows_changes,
+        )
     )
 
 

@@ -19,7 +19,13 @@ from daramgpt.planner.making import (
     predicted_anew,
 )
 from daramgpt.planner.memory import Memory, needed_memory
-from daramgpt.planner.plan_file import PLAN_KEYS, read_plan, with_micro_batch, with_smaller_micro_batch
+from daramgpt.planner.plan_file import (
+    PLAN_KEYS,
+    read_plan,
+    with_micro_batch,
+    with_recipe,
+    with_smaller_micro_batch,
+)
 from daramgpt.planner.probe import Trial
 from daramgpt.planner.rates import Rates, gemm_rate, of_gpu
 from daramgpt.planner.shapes import PRECISION_BYTES, ModelShape, Step, recipe_shape, step_flops, teacher_shape
@@ -60,5 +66,6 @@ __all__ = [
     "teacher_shape",
     "tokens_per_second",
     "with_micro_batch",
+    "with_recipe",
     "with_smaller_micro_batch",
 ]

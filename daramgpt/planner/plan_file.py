@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from daramgpt.errors import UserError
+from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory
 
 PLAN_KEYS = {
@@ -58,3 +59,8 @@ def with_micro_batch(plan: dict[str, Any], rows: int) -> dict[str, Any]:
     assert plan["batch_rows"] % (rows * plan["world_size"]) == 0, f"{rows} rows leave part of a batch"
     chunk_tokens = min(plan["loss_chunk_tokens"], rows * plan["context_tokens"])
     return {**plan, "micro_batch_rows": rows, "loss_chunk_tokens": chunk_tokens}
+
+
+def with_recipe(plan: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The plan with the learning rate and the schedule of the recipe, which a run may be told to change."""
+    return {**plan, "learning_rate": recipe.optimizer.learning_rate, "schedule": recipe.schedule.model_dump()}

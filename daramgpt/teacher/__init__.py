@@ -21,6 +21,7 @@ from daramgpt import malloc
 from daramgpt.errors import UserError
 from daramgpt.teacher.activations import fuse_gelu
 from daramgpt.teacher.half_accumulation import check as check_half_accumulation
+from daramgpt.teacher.identity import fingerprint
 from daramgpt.teacher.pickled import converted, default_cache, is_pickled
 from daramgpt.teacher.quantised import (
     EIGHT_BIT,
@@ -46,6 +47,7 @@ __all__ = [
     "Teacher",
     "converted",
     "eight_bit_linear",
+    "fingerprint",
     "load",
     "max_positions",
     "resolve",

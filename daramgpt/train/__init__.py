@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from daramgpt import checkpoint, compiling, ds_config, student
 from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger
-from daramgpt.persistence import Persister
 from daramgpt.progress import Console
-from daramgpt.recipe import Recipe, changes, settings_that_matter
+from daramgpt.recipe import Recipe
+from daramgpt.recipe_changes import changes, refuse, settings_that_matter
 from daramgpt.run_directory import RunDirectory
 from daramgpt.shards import Feed, Shards
 from daramgpt.teacher import Teacher
@@ -26,12 +27,14 @@ from daramgpt.train.out_of_memory import StepOutOfMemoryError, with_less_memory
 from daramgpt.train.position import Position
 from daramgpt.train.schedule import Horizon, first_horizon, learning_rate
 from daramgpt.train.session import Clock, StopRequest
+from daramgpt.train.training import Training
 
 __all__ = [
     "Clock",
     "Horizon",
     "Position",
     "StopRequest",
+    "Training",
     "build_distiller",
     "learning_rate",
     "peak_memory_bytes",
@@ -44,42 +47,21 @@ _Tensors = dict[str, dict[str, torch.Tensor]]
 MOST_PASSED_OVER = 3
 
 
-def train(
-    recipe: Recipe,
-    run: RunDirectory,
-    shards: Shards,
-    plan: dict[str, Any],
-    teacher: Teacher | None,
-    stop: StopRequest,
-    console: Console,
-    ledger: Path,
-    machine: str,
-    label: str,
-    persister: Persister | None = None,
-) -> str:
+def train(training: Training) -> str:
     """Train to the end of the curriculum, or until asked to stop; goes on from the newest checkpoint.
-
-    Args:
-        recipe, run, plan: of this run, which may be a part of another.
-        shards: of the run or of the run it is a part of.
-        teacher: None trains by plain cross-entropy.
-        stop: when to stop before the end.
-        console: for lines; its log takes what libraries print.
-        ledger: of the whole run, whose hours its parts share.
-        machine: name for the ledger.
-        label: what is trained, for people and the ledger.
-        persister: gets each checkpoint; only on the first rank.
 
     Returns:
         ``done``, ``deadline`` or ``interrupted``; a checkpoint of the last step stands in each case.
 
     Raises:
         UserError: the loss is not finite, fp16 cannot hold the gradients of too many steps, no checkpoint verifies, the
-            disk is full, DeepSpeed refuses its config, the teacher cannot be shown documents one by one, not even one
-            row fits the memory, or this rank ran out of it where others wait: then its line begins with
-            `checkpoint.START_AGAIN`.
+            newest was trained with other settings, shards or another teacher, the disk is full, DeepSpeed refuses its
+            config, the teacher cannot be shown documents one by one, not even one row fits the memory, or this rank
+            ran out of it where others wait: then its line begins with `checkpoint.START_AGAIN`.
     """
-    torch.set_num_threads(plan["num_threads"])
+    recipe, run, shards, console = training.recipe, training.run, training.shards, training.console
+    teacher, label = training.teacher, training.label
+    torch.set_num_threads(training.plan["num_threads"])
     torch.manual_seed(recipe.seed)
     if recipe.engine.compile != "none":
         compiling.check()
@@ -87,7 +69,8 @@ def train(
         compiling.compile_blocks(teacher.model)
     passed_over: list[int] = []
     while True:
-        position, tensors, loss_scaler = _newest(recipe, run, shards, plan, console, label)
+        plan = training.plan
+        position, tensors, loss_scaler = _newest(training)
         distiller = build_distiller(recipe, run, shards, plan, teacher, tensors)
         if tensors is not None:
             distiller.restore(tensors, position.optimizer_steps, loss_scaler)
@@ -112,15 +95,16 @@ def train(
                     "share one run directory between the nodes, or copy the first node's to the others",
                 )
             position.passed_over = sorted({*position.passed_over, *passed_over})
-            loop = Loop(recipe, run, plan, feed, distiller, position, stop, console, ledger, machine, label, persister)
+            loop = Loop(training, feed, distiller, position)
             try:
                 return loop()
             except StepOutOfMemoryError as error:
-                plan = with_less_memory(plan, run, console, label, error)
+                training = replace(training, plan=with_less_memory(plan, run, console, label, error))
             except LossScaleFloorError as error:
                 passed_over = _without_step(position, error, console, label)
                 if distiller.is_first:
-                    Ledger(ledger).note(what=f"{label}: rows passed over", step=position.step + 1, cause=str(error))
+                    note = Ledger(training.ledger).note
+                    note(what=f"{label}: rows passed over", step=position.step + 1, cause=str(error))
 
 
 def _without_step(position: Position, error: LossScaleFloorError, console: Console, label: str) -> list[int]:
@@ -139,31 +123,38 @@ def _without_step(position: Position, error: LossScaleFloorError, console: Conso
     return [*position.passed_over, position.step]
 
 
-def _newest(
-    recipe: Recipe, run: RunDirectory, shards: Shards, plan: dict[str, Any], console: Console, label: str
-) -> tuple[Position, _Tensors | None, dict[str, Any]]:
+def _newest(training: Training) -> tuple[Position, _Tensors | None, dict[str, Any]]:
     """Position, tensors and loss scaler of the newest checkpoint; those of a beginning where there is none.
 
     Raises:
-        UserError: there are checkpoints and none verifies, or the newest was trained with other settings or shards.
+        UserError: there are checkpoints and none verifies, or the newest was trained with other settings or shards, or
+            by another teacher.
     """
-    saved = checkpoint.newest(run.checkpoints, console)
+    recipe, plan, label = training.recipe, training.plan, training.label
+    saved = checkpoint.newest(training.run.checkpoints, training.console)
     if saved is None:
-        return Position(first_horizon(plan, 3600 * recipe.budget.budget_hours)), None, {}
+        return Position(first_horizon(plan, recipe.budget.budget_hours)), None, {}
     old, new = saved.state.get("settings", {}), settings_that_matter(recipe)
     # A setting that a newer version has added is none that anybody changed.
     both = old.keys() & new.keys()
-    if changed := changes({key: old[key] for key in both}, {key: new[key] for key in both}):
+    changed = changes({key: old[key] for key in both}, {key: new[key] for key in both})
+    refuse(changed, f"{saved.path}: trained with", training.allows_changes)
+    if changed:
+        said = [str(change) for change in changed]
+        training.console(f"{label}: goes on with other settings: {'; '.join(said)}")
+        if os.environ.get("RANK", "0") == "0":
+            Ledger(training.ledger).note(what=f"{label}: other settings", step=saved.state["step"], changes=said)
+    if saved.state.get("shards_sha256", training.shards.sha256) != training.shards.sha256:
         raise UserError(
-            f"{saved.path}: trained with other settings: {'; '.join(changed)}",
-            "give the same settings, or another --run",
-        )
-    if saved.state.get("shards_sha256", shards.sha256) != shards.sha256:
-        raise UserError(
-            f"{saved.path}: trained on other shards than those in {shards.path}",
+            f"{saved.path}: trained on other shards than those in {training.shards.path}",
             "prepare them from the same corpora with the same version, or give another --run",
         )
-    console(f"{label}: goes on from step {saved.state['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
+    if saved.state.get("teacher_sha256", training.teacher_sha256) != training.teacher_sha256:
+        raise UserError(
+            f"{saved.path}: trained by another teacher than the one in teacher.model",
+            "give the same model, in the same files, or another --run",
+        )
+    training.console(f"{label}: goes on from step {saved.state['step']:,} of {plan['num_steps']:,} ({saved.path.name})")
     tensors = {name: saved.tensors(name) for name in checkpoint.TENSOR_FILES}
     return Position.read(saved.state, plan["num_steps"]), tensors, saved.state["loss_scaler"]
 

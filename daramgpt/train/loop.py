@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import resource
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +19,15 @@ from daramgpt import budget, checkpoint
 from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger, sessions
-from daramgpt.persistence import Persister
-from daramgpt.progress import Console, TrainingDisplay
-from daramgpt.recipe import Recipe, Schedule, dump, settings_that_matter
-from daramgpt.run_directory import RunDirectory
+from daramgpt.progress import TrainingDisplay
+from daramgpt.recipe import Schedule, dump
+from daramgpt.recipe_changes import settings_that_matter
 from daramgpt.shards import Feed, Prefetch
 from daramgpt.train.out_of_memory import StepOutOfMemoryError, as_step_fault
 from daramgpt.train.position import Position
 from daramgpt.train.schedule import learning_rate, placed
-from daramgpt.train.session import Clock, StopRequest
+from daramgpt.train.session import Clock
+from daramgpt.train.training import Training
 
 # Saving is given this factor over the longest save so far before the deadline.
 SAVE_MARGIN = 1.5
@@ -41,43 +41,24 @@ class Loop:
     """A session of a training.
 
     Args:
-        recipe, run, plan: of the training, which may be a part of a run.
+        training: what it is given.
         feed: its rows.
         distiller: with the weights of `position`.
         position: where the training stands; the loop moves it.
-        stop: when to stop before the end.
-        console: for lines.
-        ledger: of the whole run.
-        machine: name for the ledger.
-        label: what is trained.
-        persister: gets each checkpoint; None where there is none, and on ranks other than the first.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        plan: dict[str, Any],
-        feed: Feed,
-        distiller: Distiller,
-        position: Position,
-        stop: StopRequest,
-        console: Console,
-        ledger: Path,
-        machine: str,
-        label: str,
-        persister: Persister | None = None,
-    ) -> None:
-        self.recipe, self.run, self.plan, self.feed, self.distiller = recipe, run, plan, feed, distiller
-        self.position, self.stop, self.console = position, stop, console
-        self.machine, self.label, self._persister = machine, label, persister
-        self._schedule = Schedule.model_validate(plan["schedule"])
-        found = sessions(ledger)
-        self._ledger = Ledger(ledger)
+    def __init__(self, training: Training, feed: Feed, distiller: Distiller, position: Position) -> None:
+        self.training, self.feed, self.distiller, self.position = training, feed, distiller, position
+        self._schedule = Schedule.model_validate(training.plan["schedule"])
+        found = sessions(training.ledger)
+        self._ledger = Ledger(training.ledger)
         used = sum(session.seconds for session in found)
-        longest_save = max([1.0, *(session.save_seconds for session in found if session.training == label)])
+        own = [session for session in found if session.training == training.label]
+        longest_save = max([1.0, *(session.save_seconds for session in own)])
         self.clock = Clock(time.monotonic(), used, longest_save)
-        self._left = budget.left(recipe.budget, found, time.time())
+        self._left = budget.left(training.recipe.budget, found, time.time())
+        # By its earlier sessions, until this one has a step.
+        self._usual_step_seconds = sum(session.seconds for session in own) / max(1, position.step)
         self._first_step = position.step
         self._saved_step, self._saved_tokens = position.step, position.tokens
         self._saved_at = self._beat_at = self.clock.started
@@ -96,14 +77,18 @@ class Loop:
             LossScaleFloorError: a step overflowed fp16 at the least loss scale; nothing moved.
             UserError: a loss or a gradient is not finite, which nothing moved by, or the disk is full.
         """
-        position, distiller = self.position, self.distiller
+        training, position, distiller = self.training, self.position, self.distiller
         if distiller.is_first:
-            self._ledger.start(self.label, self.machine, position.step, position.tokens)
+            self._ledger.start(training.label, training.machine, position.step, position.tokens)
+        if budget.has_grown(training.recipe.budget, position.horizon.budget_hours):
+            self._place_horizon()
         reason: str | None = None
         fault: StepOutOfMemoryError | None = None
         first, end_step = distiller.is_first, position.horizon.end_step
         with (
-            TrainingDisplay(self.console, self.run.metrics, self.label, end_step, position.step, first) as display,
+            TrainingDisplay(
+                training.console, training.run.metrics, training.label, end_step, position.step, first
+            ) as display,
             contextlib.closing(Prefetch(self.feed, distiller.device)) as rows,
         ):
             try:
@@ -153,13 +138,13 @@ class Loop:
             The line for metrics, None where fp16 overflowed; and over all ranks, whether one was asked to stop, and
             whether a checkpoint is due.
         """
-        position, plan, distiller, clock = self.position, self.plan, self.distiller, self.clock
+        position, plan, distiller, clock = self.position, self.training.plan, self.distiller, self.clock
         step, start = position.step, clock.step_starts()
         rate = learning_rate(plan["learning_rate"], self._schedule, step, position.horizon)
         num_targets = self.feed.num_targets(step)
         result = distiller.step(rows.batches(step), num_targets, rate, self._ends_and_saves)
         is_end, is_due = result.flags
-        loss = self.recipe.loss.kd_weight * result.kd + self.recipe.loss.ce_weight * result.ce
+        loss = self.training.recipe.loss.kd_weight * result.kd + self.training.recipe.loss.ce_weight * result.ce
         if not result.is_finite:
             # The weights are those of the step before.
             if step > self._saved_step:
@@ -195,19 +180,19 @@ class Loop:
 
     @property
     def _step_tokens(self) -> int:
-        return int(self.plan["batch_rows"] * self.plan["context_tokens"])
+        return int(self.training.plan["batch_rows"] * self.training.plan["context_tokens"])
 
     def _ends_and_saves(self) -> tuple[bool, bool]:
         """Whether this rank was asked to stop, and whether a checkpoint is due; the step is still being computed."""
-        due = time.monotonic() - self._saved_at >= 60 * self.recipe.checkpoint.every_minutes
+        due = time.monotonic() - self._saved_at >= 60 * self.training.recipe.checkpoint.every_minutes
         return self._asks_to_stop(self.clock.seconds_for_another_step(self._step_tokens)), due
 
     def _asks_to_stop(self, step_seconds: float) -> bool:
         """Whether this rank is to stop, with so many seconds for one more step."""
         needed = step_seconds + SAVE_MARGIN * self.clock.save_seconds
-        if self._persister is not None:
-            needed += self._persister.longest_seconds
-        self._asked = self.stop.reason(needed)
+        if self.training.persister is not None:
+            needed += self.training.persister.longest_seconds
+        self._asked = self.training.stop.reason(needed)
         if self._asked is None and self.clock.seconds + needed > self._left.seconds:
             self._asked = "deadline"
         return self._asked is not None
@@ -217,7 +202,7 @@ class Loop:
         if not self.distiller.any_rank(self._left.seconds <= 0):
             return False
         self._asked = "deadline"
-        self.console(f"{self.label}: no hours are left ({self._left.bound}); raise that to go on now")
+        self.training.console(f"{self.training.label}: no hours are left ({self._left.bound}); raise that to go on now")
         return True
 
     def _save_on_the_way(self) -> None:
@@ -228,11 +213,13 @@ class Loop:
         self._place_horizon()
         self._save()
         end_step, reason = self.position.horizon.end_step, "re-placed"
-        self.console(f"{self.label}: at this speed the hours last until step {end_step:,}; the schedule ends there")
+        self.training.console(
+            f"{self.training.label}: at this speed the hours last until step {end_step:,}; the schedule ends there"
+        )
         self._end(reason)
         self._seconds_before = self.clock.seconds
         if self.distiller.is_first:
-            self._ledger.start(self.label, self.machine, self.position.step, self.position.tokens)
+            self._ledger.start(self.training.label, self.training.machine, self.position.step, self.position.tokens)
 
     def _is_out_of_reach(self) -> bool:
         steps = self.position.horizon.end_step - self.position.step
@@ -244,31 +231,32 @@ class Loop:
     def _place_horizon(self) -> None:
         """Where the hours that are left will have been used up; the same on every rank."""
         position = self.position
-        if self._schedule.horizon != "hours" or position.step == self._first_step:
+        if self._schedule.horizon != "hours" or not self._step_seconds():
             return
         new = placed(
             self._schedule,
             position.horizon,
             position.step,
-            self.plan["num_steps"],
+            self.training.plan["num_steps"],
             self._seconds_left(),
             self._step_seconds(),
+            self.training.recipe.budget.budget_hours,
         )
-        end_step = self.distiller.largest(new.end_step)
-        position.horizon = type(new)(end_step, new.from_step, new.from_factor)
+        position.horizon = replace(new, end_step=self.distiller.largest(new.end_step))
 
     def _seconds_left(self) -> float:
         """Of the budget."""
-        return max(0.0, 3600 * self.recipe.budget.budget_hours - self.clock.used_before - self.clock.seconds)
+        return max(0.0, 3600 * self.training.recipe.budget.budget_hours - self.clock.used_before - self.clock.seconds)
 
     def _step_seconds(self) -> float:
         """Of a step in this session, its part of the saves included."""
-        return self.clock.seconds / max(1, self.position.step - self._first_step)
+        num_steps = self.position.step - self._first_step
+        return self.clock.seconds / num_steps if num_steps else self._usual_step_seconds
 
     def _save(self) -> None:
         position, start = self.position, time.monotonic()
         facts = {
-            "recipe_sha256": hashlib.sha256(dump(self.recipe).encode()).hexdigest(),
+            "recipe_sha256": hashlib.sha256(dump(self.training.recipe).encode()).hexdigest(),
             "world_size": self.distiller.world_size,
             "step": position.step,
             "tokens": position.tokens,
@@ -277,12 +265,13 @@ class Loop:
         state = {
             **position.state(),
             "num_steps": position.horizon.end_step,
-            "settings": settings_that_matter(self.recipe),
+            "settings": settings_that_matter(self.training.recipe),
             "shards_sha256": self.feed.sha256,
+            "teacher_sha256": self.training.teacher_sha256,
         }
-        keep, persister = self.recipe.checkpoint.keep, self._persister
+        keep, persister = self.training.recipe.checkpoint.keep, self.training.persister
         in_use = persister.busy_with if persister is not None else lambda: None
-        path = checkpoint.save(self.run.checkpoints, self.distiller, state, keep, facts, in_use)
+        path = checkpoint.save(self.training.run.checkpoints, self.distiller, state, keep, facts, in_use)
         if persister is not None and path is not None:
             persister.submit(path)
         self._saved_at, self._saved_step, self._saved_tokens = time.monotonic(), position.step, position.tokens

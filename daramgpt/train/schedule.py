@@ -24,11 +24,13 @@ class Horizon:
         end_step: the step after the last one.
         from_step: the first step it holds for.
         from_factor: of the peak rate there.
+        budget_hours: by which it was decided; None where the curriculum ends it.
     """
 
     end_step: int
     from_step: int = 0
     from_factor: float = 1.0
+    budget_hours: float | None = None
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, horizon: Horizon) -> float:
@@ -54,12 +56,12 @@ def rate_factor(schedule: Schedule, step: int, horizon: Horizon) -> float:
     return factor
 
 
-def first_horizon(plan: dict[str, Any], seconds: float) -> Horizon:
+def first_horizon(plan: dict[str, Any], budget_hours: float) -> Horizon:
     """Of a run that begins, by the plan alone.
 
     Args:
         plan: its predicted or probed speed is what the hours are counted by.
-        seconds: of the budget.
+        budget_hours: of the recipe.
     """
     schedule, num_steps = Schedule.model_validate(plan["schedule"]), plan["num_steps"]
     measured = [
@@ -70,11 +72,18 @@ def first_horizon(plan: dict[str, Any], seconds: float) -> Horizon:
     hours = (measured or [plan["predicted"].get("hours")])[0]
     if schedule.horizon != "hours" or not hours:
         return Horizon(num_steps)
-    return placed(schedule, Horizon(num_steps), 0, num_steps, seconds, 3600 * hours / num_steps)
+    step_seconds = 3600 * hours / num_steps
+    return placed(schedule, Horizon(num_steps), 0, num_steps, 3600 * budget_hours, step_seconds, budget_hours)
 
 
 def placed(
-    schedule: Schedule, old: Horizon, step: int, num_steps: int, seconds_left: float, step_seconds: float
+    schedule: Schedule,
+    old: Horizon,
+    step: int,
+    num_steps: int,
+    seconds_left: float,
+    step_seconds: float,
+    budget_hours: float,
 ) -> Horizon:
     """The horizon for the steps from `step` on, by the hours that are left.
 
@@ -85,9 +94,9 @@ def placed(
         num_steps: of the curriculum, which no horizon goes beyond.
         seconds_left: of the budget.
         step_seconds: of a step as measured, its part of the saves included.
+        budget_hours: of the recipe.
     """
     end_step = min(num_steps, step + max(1, int(HOURS_MARGIN * seconds_left / step_seconds)))
-    if step >= old.end_step:
-        # All was decayed, and then hours were added: up to the plateau again, or there would be nothing to decay.
-        return Horizon(end_step, step)
-    return Horizon(end_step, step, rate_factor(schedule, step, old))
+    # All was decayed, and then hours were added: up to the plateau again, or there would be nothing to decay.
+    factor = 1.0 if step >= old.end_step else rate_factor(schedule, step, old)
+    return Horizon(end_step, step, factor, budget_hours)
