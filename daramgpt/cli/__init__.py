@@ -292,6 +292,10 @@ def train_rank(
     is_first = os.environ["RANK"] == "0"
     console = Console(directory.log, silent=not is_first)
     commands.train(resolved, directory, console, hours, session_start, allow_changes)
+    if os.environ["WORLD_SIZE"] != "1":
+        from daramgpt.engine import leave_ranks
+
+        leave_ranks()
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from daramgpt.engine.module import DistillationModel, consecutive_positions
 from daramgpt.engine.non_finite import carried_by_gradient, guard
 from daramgpt.engine.optimizer import client_optimizer
 from daramgpt.engine.out_of_memory import StepOutOfMemoryError, is_out_of_memory
-from daramgpt.engine.ranks import Hosts, import_deepspeed, join_ranks, without_rank
+from daramgpt.engine.ranks import Hosts, import_deepspeed, join_ranks, leave_ranks, without_rank
 from daramgpt.engine.state import EngineState, forget_modules
 from daramgpt.errors import UserError
 from daramgpt.recipe import Loss, Optimizer
@@ -51,6 +51,7 @@ __all__ = [
     "import_deepspeed",
     "is_out_of_memory",
     "join_ranks",
+    "leave_ranks",
     "without_rank",
 ]
 

@@ -62,6 +62,16 @@ def join_ranks(log: Path) -> Any:
     return deepspeed
 
 
+def leave_ranks() -> None:
+    """Disconnect from the other ranks, when all of them have come so far.
+
+    A rank that ends while others are still connected to it can make them abort as they end.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 class Hosts:
     """The processes of all ranks, which agree on something without their devices.
 
