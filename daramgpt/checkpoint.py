@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daramgpt.errors import UserError
-from daramgpt.run_directory import write_atomically
+from daramgpt.run_directory import open_regular, parse_json, read_text, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -182,9 +182,11 @@ def newest(checkpoints: Path, say: Callable[[str], None] = print) -> Saved | Non
     if named is not None and checkpoints / named not in paths:
         say(f"checkpoint lost: {checkpoints / LATEST} names {named}, which is not there")
     for path in paths:
-        damage, sha256 = _verify(path)
-        if damage is None:
-            return Saved(path, json.loads((path / "state.json").read_text(encoding="utf-8")), sha256)
+        damage, saved = _verify(path)
+        if saved is not None and saved.state["step"] != int(path.name[5:]):
+            damage = f"it is of step {saved.state['step']}"
+        elif saved is not None:
+            return saved
         say(f"checkpoint passed over: {path}: {damage}")
     if paths or named is not None:
         raise UserError(
@@ -203,8 +205,8 @@ def newest_state(checkpoints: Path) -> dict[str, Any] | None:
     """State of the newest checkpoint without verifying its tensors; for displays only."""
     for path in _steps(checkpoints):
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            state = parse_json(read_text(path / "state.json"))
+        except (OSError, ValueError):
             continue
         if isinstance(state, dict):
             return state
@@ -220,27 +222,32 @@ def _steps(checkpoints: Path) -> list[Path]:
 def _latest(checkpoints: Path) -> str | None:
     """The checkpoint that was written last, by its name; None where that is not known."""
     try:
-        name = (checkpoints / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        name = read_text(checkpoints / LATEST).strip()
+    except (OSError, ValueError):
         return None
     return name if name.startswith("step-") and name[5:].isdecimal() else None
 
 
-def _verify(path: Path) -> tuple[str | None, str]:
-    """What is wrong with a checkpoint, or None, and the sha256 of its weights."""
+def _verify(path: Path) -> tuple[str | None, Saved | None]:
+    """What is wrong with a checkpoint, or what it holds."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json(read_text(path / MANIFEST))
         if manifest.pop("sha256") != _sha256_of(manifest):
-            return f"{MANIFEST} is not what was written", ""
+            return f"{MANIFEST} is not what was written", None
         files: dict[str, Any] = manifest["files"]
         for name in ("state.json", *(f"{group}.safetensors" for group in TENSOR_FILES)):
             if _describe(path / name) != files[name]:
-                return f"{name} is not what was written", ""
-        return None, files["weights.safetensors"]["sha256"]
+                return f"{name} is not what was written", None
+        state = parse_json(read_text(path / "state.json"))
+        if not isinstance(state, dict) or type(state.get("step")) is not int:
+            return "state.json names no step", None
+        return None, Saved(path, state, files["weights.safetensors"]["sha256"])
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing", ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({error})", ""
+        return f"{Path(error.filename).name} is missing", None
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})", None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})", None
 
 
 def _sha256_of(manifest: dict[str, Any]) -> str:
@@ -249,8 +256,8 @@ def _sha256_of(manifest: dict[str, Any]) -> str:
 
 
 def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    with open(file, "rb", opener=open_regular) as stream:
+        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 @functools.cache

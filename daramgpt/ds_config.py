@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from daramgpt.errors import UserError
+from daramgpt.run_directory import read_text
 
 DS_CONFIGS_DIR = Path(__file__).parent / "ds_configs"
 
@@ -135,10 +136,10 @@ def load(name_or_path: str) -> dict[str, Any]:
         UserError: no such file, no JSON (names the line), or a key that is unknown, ours, or of a wrong value.
     """
     is_path = name_or_path.endswith(".json") or "/" in name_or_path
-    path = Path(name_or_path).expanduser() if is_path else DS_CONFIGS_DIR / f"{name_or_path}.json"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(name_or_path).expanduser() if is_path else DS_CONFIGS_DIR / f"{name_or_path}.json"
+        text = read_text(path)
+    except (OSError, ValueError, RuntimeError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise UserError(
             f"ds_config {name_or_path}: {reason}", f"use one of {', '.join(names())}, or the path of a .json file"
@@ -151,6 +152,8 @@ def load(name_or_path: str) -> dict[str, Any]:
         ) from None
     except KeyError as error:
         raise UserError(f'ds_config {name_or_path}: "{error.args[0]}" is there twice', "delete one") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"ds_config {name_or_path}: {error}", "correct the JSON there") from None
     check(config, name_or_path)
     return config
 
@@ -170,8 +173,13 @@ def check(config: Any, where: str) -> None:
             raise UserError(f'ds_config {where}: "{key}" is not used by this trainer', "delete it")
         _check_known(key, TOP_LEVEL_KEYS, where, key, {*OURS, *NOT_USED})
     for section, known in SECTION_KEYS.items():
-        table = _at(config, section)
-        if table is None:
+        holder, _, last = section.rpartition(".")
+        around = _at(config, holder) if holder else config
+        if not isinstance(around, dict) or last not in around:
+            continue
+        table = around[last]
+        if table is None and last.startswith("offload_"):
+            # As DeepSpeed's documentation writes what is off.
             continue
         if not isinstance(table, dict):
             raise UserError(f'ds_config {where}: "{section}" needs an object', f'write it as "{section}": {{...}}')
@@ -198,6 +206,11 @@ def check(config: Any, where: str) -> None:
             f"ds_config {where}: {dtype(config)} without ZeRO: zero_optimization.stage is 0, where DeepSpeed keeps the "
             "fp32 weights out of reach of the checkpoints",
             "write stage 1, which on one GPU is the same arithmetic",
+        )
+    size = zero.get("reduce_bucket_size", 1)
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 1 <= size < 2**63:
+        raise UserError(
+            f"ds_config {where}: zero_optimization.reduce_bucket_size is no number of elements", "write it as 50000000"
         )
     for what in ("optimizer", "param"):
         device = (zero.get(f"offload_{what}") or {}).get("device", "none")

@@ -14,11 +14,15 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from daramgpt.errors import UserError
+from daramgpt.run_directory import open_regular, open_to_append, parse_json
+
 DIED = "died"
+# Beyond these, a number of a ledger is none: the year 5138, 300 years of training, a count that no machine gets to.
+MOST_TIME, MOST_SECONDS, MOST_COUNT = 1e11, 1e10, 2**63
 
 
 @dataclass(slots=True)
@@ -88,7 +92,7 @@ class Ledger:
     def _append(self, event: str, session: str, **fields: Any) -> None:
         line = json.dumps({"event": event, "session": session, "time": round(time.time(), 3), **fields})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        with os.fdopen(open_to_append(self.path), "a+b") as file:
             # A line cut short by a kill must not swallow this one.
             if file.tell() and not _ends_with_newline(file):
                 file.write(b"\n")
@@ -103,15 +107,22 @@ def _ends_with_newline(file: Any) -> bool:
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects, in order; broken ones are passed over."""
+    """The whole lines of a file of JSON objects, in order; broken ones are passed over.
+
+    Raises:
+        UserError: there is something else in its place.
+    """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace", opener=open_regular) as file:
+            text = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "bring back a copy, or remove it") from None
     for line in text.splitlines():
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_json(line)
+        except ValueError:
             continue
         if isinstance(entry, dict):
             yield entry
@@ -144,9 +155,14 @@ def _by_name(lines: Iterable[dict[str, Any]]) -> dict[str, Session]:
         try:
             name, step, tokens = str(entry["session"]), int(entry["step"]), int(entry["tokens"])
             at, seconds = float(entry["time"]), float(entry["seconds"])
-            # Refuses a time that no calendar has, and hours that are none.
-            datetime.fromtimestamp(at)
-            if not 0 <= seconds < float("inf"):
+            save_seconds = float(entry.get("save_seconds", 0.0))
+            if not (
+                0 <= at < MOST_TIME
+                and 0 <= seconds < MOST_SECONDS
+                and 0 <= save_seconds < MOST_SECONDS
+                and 0 <= step < MOST_COUNT
+                and 0 <= tokens < MOST_COUNT
+            ):
                 continue
             if entry["event"] == "start":
                 training, machine = str(entry["training"]), str(entry["machine"])
@@ -156,7 +172,7 @@ def _by_name(lines: Iterable[dict[str, Any]]) -> dict[str, Session]:
             elif name in found and entry["event"] in ("beat", "end"):
                 session = found[name]
                 session.ended, session.step, session.tokens, session.seconds = at, step, tokens, seconds
-                session.save_seconds = max(session.save_seconds, float(entry.get("save_seconds", 0.0)))
+                session.save_seconds = max(session.save_seconds, save_seconds)
                 if entry["event"] == "end" and (entry["reason"] != DIED or not session.is_recorded):
                     # Its own end counts, where another machine took it for dead.
                     session.reason, session.is_recorded = str(entry["reason"]), True

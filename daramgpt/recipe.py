@@ -13,13 +13,17 @@ import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from daramgpt.errors import UserError
+from daramgpt.run_directory import read_text
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
+# No setting is beyond these, and arithmetic with them ends.
+MOST, MOST_BYTES, MOST_HOURS, MOST_BATCH_TOKENS = 2**31 - 1, 10**15, 10**6, 2**28
+MOST_LETTERS, MOST_PATH_BYTES, MOST_NAME_BYTES = 100, 4095, 255
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Precision = Literal["auto", "llm-int8", "int8", "nf4", "bf16", "fp16", "fp32"]
 
@@ -32,13 +36,30 @@ def parse_bytes(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B)\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]?B)\s*", value, re.IGNORECASE)
     if not match:
         raise ValueError(f'a size such as "600MB" is needed, not "{value}"')
     return int(Decimal(match[1]) * UNITS[match[2].upper()])
 
 
+def check_path(value: str) -> str:
+    """What names a file or a folder, or may.
+
+    Raises:
+        ValueError: no file can have that name, it is in the home of a user that is not there, or links to itself.
+    """
+    data = value.encode()
+    if b"\0" in data or len(data) > MOST_PATH_BYTES or any(len(name) > MOST_NAME_BYTES for name in data.split(b"/")):
+        raise ValueError("that can be no path")
+    try:
+        Path(value).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"that can be no path: {error}") from None
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+PathText = Annotated[str, AfterValidator(check_path)]
 
 
 class Section(BaseModel):
@@ -48,7 +69,7 @@ class Section(BaseModel):
 class Dataset(Section):
     """A corpus that `datasets.load_dataset` streams, from the Hugging Face hub or a local directory."""
 
-    path: str = Field(description='id on the hub, such as "wikimedia/wikipedia", or a directory')
+    path: PathText = Field(description='id on the hub, such as "wikimedia/wikipedia", or a directory')
     config: str | None = Field(None, description='configuration of the data set, such as "20231101.ko"')
     split: str = Field("train", description="part of the data set")
     revision: str | None = Field(None, description="of the hub id: a tag, branch or commit")
@@ -58,9 +79,9 @@ class Dataset(Section):
 class Corpus(Section):
     """Where the text comes from."""
 
-    dir: str | None = Field(None, description="folder that holds the downloaded corpora (--corpus)")
+    dir: PathText | None = Field(None, description="folder that holds the downloaded corpora (--corpus)")
     made_megabytes: float | None = Field(
-        None, gt=0, description="make a corpus of this size by the built-in grammar when no folder is given"
+        None, gt=0, le=1e6, description="make a corpus of this size by the built-in grammar when no folder is given"
     )
     formats: dict[str, str] = Field(
         default_factory=dict, description="format of a corpus, where its data or its name do not tell"
@@ -72,7 +93,7 @@ class Corpus(Section):
         default_factory=dict, description="sentence splitter of a corpus: rules, or kiwi for informal text"
     )
     strict: bool = Field(False, description="bad input is fatal instead of counted and named")
-    workers: int | None = Field(None, ge=1, description="processes that read and tokenise; none = one a core")
+    workers: int | None = Field(None, ge=1, le=1024, description="processes that read and tokenise; none = one a core")
 
     def splitter(self, corpus: str) -> str:
         """Sentence splitter of a corpus by its name."""
@@ -82,9 +103,15 @@ class Corpus(Section):
 class Stage(Section):
     """One stretch of the curriculum."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="name in tables and file names")
-    corpus: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="the corpus it reads, on from the stage before")
-    take: Bytes = Field(gt=0, description='pure UTF-8 text, e.g. "600MB"')
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=MOST_LETTERS, description="name in tables and file names"
+    )
+    corpus: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]*$",
+        max_length=MOST_LETTERS,
+        description="the corpus it reads, on from the stage before",
+    )
+    take: Bytes = Field(gt=0, le=MOST_BYTES, description='pure UTF-8 text, e.g. "600MB"')
     unit: Literal["sentence", "paragraph"] = Field(description="what a text is cut into")
 
 
@@ -92,15 +119,17 @@ class Curriculum(Section):
     """What is read, in which order, cut into rows of which length."""
 
     stages: tuple[Stage, ...] = Field(min_length=1, description="in the order in which they are trained")
-    scale: float = Field(1.0, gt=0, description="shrinks the take of every stage alike")
-    context_tokens: int = Field(1024, ge=8, description="tokens in a row; at most the teacher's positions")
+    scale: float = Field(1.0, gt=0, le=1e9, description="shrinks the take of every stage alike")
+    context_tokens: int = Field(1024, ge=8, le=2**24, description="tokens in a row; at most the teacher's positions")
     order: Literal["as-read", "shuffled"] = Field("as-read", description="of the rows within a stage")
     attention: Literal["causal", "document"] = Field(
         "causal", description="document: no attention across the texts that share a row, positions restart"
     )
-    passes: int = Field(1, ge=1, description="times the whole curriculum is gone through")
+    passes: int = Field(1, ge=1, le=10**6, description="times the whole curriculum is gone through")
     heldout_fraction: float = Field(0.005, ge=0, lt=0.5, description="documents never trained on, by hash of their id")
-    heldout_documents: int = Field(4, ge=0, description="held-out documents a stage has at least, if the corpus allows")
+    heldout_documents: int = Field(
+        4, ge=0, le=MOST, description="held-out documents a stage has at least, if the corpus allows"
+    )
 
     @model_validator(mode="after")
     def _stage_names_differ(self) -> Curriculum:
@@ -113,9 +142,9 @@ class Curriculum(Section):
 class Shape(Section):
     """Shape of a GPT-2."""
 
-    n_embd: int = Field(768, ge=8, description="width")
-    n_head: int = Field(8, ge=1, description="attention heads")
-    n_layer: int = Field(4, ge=1, description="blocks")
+    n_embd: int = Field(768, ge=8, le=2**20, description="width")
+    n_head: int = Field(8, ge=1, le=2**20, description="attention heads")
+    n_layer: int = Field(4, ge=1, le=10_000, description="blocks")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Shape:
@@ -138,7 +167,9 @@ class Optimizer(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
-    batch_tokens: int = Field(32768, ge=8, description="tokens an optimizer step, all ranks together")
+    batch_tokens: int = Field(
+        32768, ge=8, le=MOST_BATCH_TOKENS, description="tokens an optimizer step, all ranks together"
+    )
 
 
 class Schedule(Section):
@@ -158,14 +189,14 @@ class TeacherTraining(Shape):
     """A teacher that the run trains itself, from the same curriculum, by plain cross-entropy."""
 
     vocab_size: int = Field(ge=300, le=2**31 - 1, description="of the byte-fallback BPE trained from the corpus")
-    passes: int = Field(1, ge=1, description="times it goes through the curriculum")
+    passes: int = Field(1, ge=1, le=10**6, description="times it goes through the curriculum")
     learning_rate: float = Field(1e-3, gt=0)
 
 
 class Teacher(Section):
     """The model whose distribution the student learns."""
 
-    model: str | None = Field(None, description="local directory or hub id of a causal language model")
+    model: PathText | None = Field(None, description="local directory or hub id of a causal language model")
     revision: str | None = Field(None, description="of the hub id: a tag, branch or commit")
     train: TeacherTraining | None = Field(None, description="train the teacher first instead of loading one")
     precision: Precision = Field("auto", description="of its blocks; the head stays in 16 or 32 bits")
@@ -219,9 +250,13 @@ class Loss(Section):
 class Engine(Section):
     """How the arithmetic is run; the plan freezes what is left to it here."""
 
-    ds_config: str = Field("auto", description="a name in ds_configs/, a file, or auto")
-    micro_batch_rows: int | None = Field(None, ge=1, description="rows a forward pass; none = the plan chooses")
-    loss_chunk_tokens: int | None = Field(None, ge=1, description="tokens the loss takes at a time; none = planned")
+    ds_config: PathText = Field("auto", description="a name in ds_configs/, a file, or auto")
+    micro_batch_rows: int | None = Field(
+        None, ge=1, le=MOST, description="rows a forward pass; none = the plan chooses"
+    )
+    loss_chunk_tokens: int | None = Field(
+        None, ge=1, le=MOST, description="tokens the loss takes at a time; none = planned"
+    )
     probe: Literal["auto", "off"] = Field(
         "auto",
         description="measure a few micro-batches before the plan is frozen; auto does where the run is long enough",
@@ -240,13 +275,13 @@ class Checkpoint(Section):
     """What a killed session may lose, and what is kept."""
 
     every_minutes: float = Field(15.0, gt=0)
-    keep: int = Field(2, ge=2)
+    keep: int = Field(2, ge=2, le=10**6)
 
 
 class Persistence(Section):
     """Copies of checkpoints outside of the machine; the newest of all copies is what a session begins from."""
 
-    directory: str | None = Field(None, description="folder of a mounted drive or volume, which has to be there")
+    directory: PathText | None = Field(None, description="folder of a mounted drive or volume, which has to be there")
     hub: str | None = Field(
         None,
         pattern=r"^[\w.-]+/[\w.-]+$",
@@ -260,28 +295,30 @@ class Persistence(Section):
 class Budget(Section):
     """Hours of training that a session and the whole run may take."""
 
-    session_hours: float | None = Field(None, gt=0, description="of one session (--hours)")
-    weekly_hours: float | None = Field(None, gt=0, description="of a week")
+    session_hours: float | None = Field(None, ge=1e-9, le=MOST_HOURS, description="of one session (--hours)")
+    weekly_hours: float | None = Field(None, ge=1e-9, le=MOST_HOURS, description="of a week")
     week_begins: Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"] = Field(
         "saturday", description="at midnight UTC: when weekly_hours are given anew, as on Kaggle"
     )
-    budget_hours: float = Field(284.0, gt=0, description="of the whole run")
+    budget_hours: float = Field(284.0, ge=1e-9, le=MOST_HOURS, description="of the whole run")
 
 
 class Evaluation(Section):
     """What is measured at the end."""
 
-    heldout_tokens: int = Field(200_000, ge=1, description="held-out tokens measured a stage, at most")
+    heldout_tokens: int = Field(200_000, ge=1, le=2**40, description="held-out tokens measured a stage, at most")
     baseline: bool = Field(False, description="also train the same student without a teacher and compare")
     prompts: tuple[str, ...] = Field((), description="texts that are continued at the end")
-    sample_tokens: int = Field(60, ge=1, description="tokens of a continuation")
+    sample_tokens: int = Field(60, ge=1, le=10**6, description="tokens of a continuation")
 
 
 class Recipe(Section):
     """A run from corpus to exported student."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="default: the file's name")
-    seed: int = 0
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MOST_LETTERS, description="default: the file's name"
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of everything that is drawn")
     corpus: Corpus = Corpus()
     curriculum: Curriculum
     teacher: Teacher | None = None
@@ -359,13 +396,15 @@ def load(source: str, overrides: list[str] | None = None) -> Recipe:
         UserError: no such recipe, broken TOML, unknown key, value out of range; names the key.
     """
     path = Path(source) if source.endswith(".toml") else RECIPES_DIR / f"{source}.toml"
-    if not path.is_file():
-        raise UserError(
-            f'there is no recipe "{source}"', f"use one of {', '.join(recipe_names())}, or the path of a .toml file"
-        )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(read_text(path))
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise UserError(
+            f'there is no recipe "{source}"{reason}',
+            f"use one of {', '.join(recipe_names())}, or the path of a .toml file",
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}", "correct the TOML there") from None
     data.setdefault("name", path.stem)
     for override in overrides or []:
@@ -383,7 +422,8 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         # A misspelt key first: the key that it leaves missing is the same fault.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        faults = error.errors(include_input=False, include_url=False)
+        first = min(faults, key=lambda one: one["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(first["loc"][-1]), _keys_beside(first["loc"]), n=1)
@@ -398,10 +438,14 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
 def _keys_beside(location: tuple[Any, ...]) -> list[str]:
     """Keys that the section of an unknown key does have."""
     model: Any = Recipe
-    for part in location[:-1]:
+    parts = iter(location[:-1])
+    for part in parts:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:
+            # The user's own name stands between.
+            next(parts, None)
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if model is None:
@@ -415,7 +459,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise UserError(f'--set "{override}" is not key=value', "write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *sections, last = key.strip().split(".")
     table = data

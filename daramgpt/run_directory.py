@@ -1,10 +1,16 @@
-"""Where a run keeps each of its files, how a small file is replaced in one step, and who holds the directory."""
+"""Where a run keeps each of its files, how a small file is read and replaced in one step, who holds the directory.
+
+What is read may be damaged, or not what it was: opening a pipe would wait for its other end, a device never ends.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from daramgpt.errors import UserError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +99,68 @@ class RunDirectory:
         return RunDirectory(self.path / "parts" / name)
 
 
+def open_regular(path: str, flags: int) -> int:
+    """Opener for `open`: of a regular file, or of a link to one.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return descriptor
+
+
+def open_to_append(path: Path) -> int:
+    """Descriptor of a regular file to read and to append to, made where it is missing; what a link leads to is not the
+    run's.
+
+    Raises:
+        UserError: something else stands in its place.
+    """
+    try:
+        return open_regular(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is no regular file", "remove it and run the same command again") from None
+
+
+def read_text(path: Path) -> str:
+    """Text of a regular file.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    with open(path, encoding="utf-8", opener=open_regular) as file:
+        return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or holds half of a surrogate pair, which nothing can print.
+    """
+    try:
+        data = json.loads(text)
+        if _SURROGATE.search(text if isinstance(text, str) else text.decode()):
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return data
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new, never a part."""
+    """Replace a small file in one step: a reader sees the old text or the new, never a part.
+
+    Raises:
+        UserError: a folder stands in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -101,6 +169,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", "remove it and run the same command again") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -113,8 +183,8 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is none that can be read: of a run at any point of its way."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = parse_json(read_text(path))
+    except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -128,10 +198,11 @@ def locked(run: RunDirectory, node_rank: int | None = None) -> Iterator[None]:
         node_rank: of several machines that share it; each has a lock of its own, the first one the run's.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or its lock is no file.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / (f".lock-node{node_rank}" if node_rank else ".lock")).open("a+") as file:
+    lock = run.path / (f".lock-node{node_rank}" if node_rank else ".lock")
+    with os.fdopen(open_to_append(lock), "a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,10 +219,11 @@ def locked(run: RunDirectory, node_rank: int | None = None) -> Iterator[None]:
 def is_locked(run: RunDirectory) -> bool:
     """Whether a process holds the run directory now."""
     try:
-        with (run.path / ".lock").open("r") as file:
+        with open(run.path / ".lock", "rb", opener=open_regular) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except BlockingIOError:
         return True
+    except OSError:
+        # There is none, or nothing that could be locked.
+        return False

@@ -8,11 +8,13 @@ from datetime import datetime
 from typing import Any
 
 from daramgpt import budget, checkpoint, recipe
-from daramgpt.ledger import Session, sessions
+from daramgpt.ledger import MOST_COUNT, Session, sessions
 from daramgpt.recipe import Budget, Recipe
 from daramgpt.run_directory import RunDirectory, is_locked, read_json
 from daramgpt.text_table import aligned
 
+# Tokens a second; below them no calendar ends.
+LEAST_SPEED = 1e-6
 STAGE_HEADINGS = ("stage", "text MB", "tokens", "first step", "last step", "trained")
 
 
@@ -117,7 +119,7 @@ def calendar_line(of: Recipe, run: RunDirectory, found: list[Session]) -> str:
         for session in found:
             if session.training == label and session.seconds > 0 and session.tokens > session.first_tokens:
                 speed = (session.tokens - session.first_tokens) / session.seconds
-        if not steps or not isinstance(speed, (int, float)) or not speed > 0:
+        if not steps or not isinstance(speed, (int, float)) or not LEAST_SPEED < speed < MOST_COUNT:
             continue
         needed += max(0, steps - step) * step_tokens / speed
         if part is run:
@@ -155,12 +157,19 @@ def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageSta
     """Stages of the first pass, by the steps that the plan gives them."""
     index = read_json(run.shards / "index.json")
     batch_rows, row, stages = _count(plan, "batch_rows"), 0, []
-    for stage in index.get("stages", []):
-        rows = int(stage["rows"])
+    for stage in tables(index.get("stages")):
+        rows = _count(stage, "rows")
         first, last = (row // batch_rows, (row + rows - 1) // batch_rows) if batch_rows else (0, 0)
         trained = min(1.0, max(0.0, (step * batch_rows - row) / rows)) if rows else 1.0
         stages.append(
-            StageStatus(stage["name"], int(stage["text_bytes"]), int(stage["tokens"]), first + 1, last + 1, trained)
+            StageStatus(
+                str(stage.get("name")),
+                _count(stage, "text_bytes"),
+                _count(stage, "tokens"),
+                first + 1,
+                last + 1,
+                trained,
+            )
         )
         row += rows
     return stages
@@ -169,9 +178,14 @@ def _stages(run: RunDirectory, plan: dict[str, Any], step: int) -> list[StageSta
 def _written_so_far(run: RunDirectory) -> str:
     """The stages of a `prepare` that is not finished, or nothing."""
     progress = read_json(run.shards.with_name(f"{run.shards.name}.partial") / "progress.json")
-    parts = [f"{stage['name']} ({stage['text_bytes'] / 1e6:,.1f} MB)" for stage in progress.get("stages", [])]
-    if under_way := progress.get("stage"):
-        parts.append(f"{under_way['training']['counts']['text_bytes'] / 1e6:,.1f} MB of the next stage")
+    parts = [
+        f"{stage.get('name')} ({_count(stage, 'text_bytes') / 1e6:,.1f} MB)" for stage in tables(progress.get("stages"))
+    ]
+    found: Any = progress.get("stage")
+    for key in ("training", "counts"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if isinstance(found, dict):
+        parts.append(f"{_count(found, 'text_bytes') / 1e6:,.1f} MB of the next stage")
     return ", ".join(parts)
 
 
@@ -225,4 +239,9 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
 def _count(data: dict[str, Any], key: str, default: int = 0) -> int:
     """A whole number of a file, or `default` where it holds none."""
     value = data.get(key, default)
-    return value if isinstance(value, int) else default
+    return value if isinstance(value, int) and 0 <= value < MOST_COUNT else default
+
+
+def tables(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list that a file may hold."""
+    return [table for table in value if isinstance(table, dict)] if isinstance(value, list) else []

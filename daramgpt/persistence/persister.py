@@ -74,6 +74,9 @@ class Persister:
         with self._changed:
             if self._worker is not None:
                 self._try_again()
+                behind = {path for _, path in [*self._waiting.items(), *([self._current] if self._current else [])]}
+                if titles := sorted(self._title(path) for path in behind if path is not None):
+                    self._say(f"waiting for the copies of {', '.join(titles)}, {timeout_seconds:,.0f} s at most")
                 for place in self._places:
                     if isinstance(place, Place):
                         # Last, so that it has all that was written while the checkpoints were copied.

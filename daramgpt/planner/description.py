@@ -20,7 +20,11 @@ COLUMNS, INDENT = 80, "  "
 def describe(plans: dict[str, dict[str, Any]], say: Callable[[str], None]) -> None:
     """Print the plans of a run's trainings, by what is trained, for people; what they share only once."""
     choices = {
-        label: {key: f"{key}: {plan[key]} ({plan['reasons'][key]})" for key in CHOICES if plan[key] is not None}
+        label: {
+            key: f"{key}: {plan[key]} ({plan['reasons'].get(key, 'as planned')})"
+            for key in CHOICES
+            if plan[key] is not None
+        }
         for label, plan in plans.items()
     }
     for key in CHOICES:
@@ -73,7 +77,7 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
         f"{predicted['model_flops_per_token'] / 1e6:,.1f} MFLOP a token; at this device's "
         f"{predicted['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s no less than {predicted['fewest_hours']:.3f} hours"
     )
-    if "hours" in predicted:
+    if predicted.get("hours") is not None and predicted.get("tokens_per_second") is not None:
         lines.append(f"by arithmetic {predicted['tokens_per_second']:,.0f} tokens/s, {predicted['hours']:.3f} hours")
     if probe.get("fastest_rows"):
         lines.append(
@@ -82,7 +86,7 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
         lines += [
             f"measured with {rows} rows: {trial['tokens_per_second']:,.1f} tokens/s, {trial['hours']:.1f} hours"
             for trial in probe["trials"]
-            if trial["micro_batch_rows"] == rows
+            if trial["micro_batch_rows"] == rows and trial["hours"] is not None
         ]
     return lines
 

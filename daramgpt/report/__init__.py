@@ -6,13 +6,13 @@ written yet is named at the end of the page instead of being passed over.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from daramgpt import recipe as recipes
 from daramgpt import results_table, status
 from daramgpt.generate import Sampling
 from daramgpt.recipe import Loss
@@ -32,12 +32,21 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
         UserError: the run's recipe cannot be read.
     """
     found = status.read(run)
-    recipe = _toml(run.recipe)
-    plan, index, evaluation = read_json(run.plan), read_json(run.shards / "index.json"), read_json(run.evaluation)
+    recipe: Data = {}
+    if run.recipe.is_file():
+        recipe = recipes.load(str(run.recipe)).model_dump(mode="json", exclude_none=True)
     # The report itself is what is being written.
     missing = [step for step in found.missing if step != "report"]
     state = "done" if not missing else found.state
     name = str(recipe.get("name", run.path.name))
+    damaged: list[str] = []
+    evaluation = _usable(
+        run.evaluation, damaged, lambda data: (_head(name, state, found, data), _evaluation(data), _samples(data))
+    )
+    plan = _usable(run.plan, damaged, lambda data: facts(_run_facts(recipe, data, evaluation)))
+    index = _usable(
+        run.shards / "index.json", damaged, lambda data: (_curriculum(found, data), _reading(data), curves(run, data))
+    )
     sections = [
         _head(name, state, found, evaluation),
         section("What was run", facts(_run_facts(recipe, plan, evaluation))),
@@ -48,10 +57,21 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
         _samples(evaluation),
         _sessions(found),
         _reproduce(run),
-        _missing(missing, run),
+        _missing(missing, damaged, run),
     ]
     write_atomically(run.report, page(f"{name}: DaramGPT report", sections))
     say(f"report: {run.report}" + (f" (not there yet: {', '.join(missing)})" if missing else ""))
+
+
+def _usable(path: Path, damaged: list[str], show: Callable[[Data], Any]) -> Data:
+    """What a file holds if that can be shown; else nothing, and the file is among the `damaged`."""
+    data = read_json(path)
+    try:
+        show(data)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        damaged.append(path.name)
+        return {}
+    return data
 
 
 def _head(name: str, state: str, found: status.Status, evaluation: Data) -> str:
@@ -103,7 +123,7 @@ def _shape(shape: Data) -> str:
 
 
 def _curriculum(found: status.Status, index: Data) -> str:
-    if not found.stages:
+    if not found.stages or not index:
         return ""
     details = {stage["name"]: stage for stage in index.get("stages", [])}
     cells = [["stage", "corpus", "unit", "text", "tokens", "held-out text", "steps", "trained"]]
@@ -212,25 +232,20 @@ def _reproduce(run: RunDirectory) -> str:
     )
 
 
-def _missing(missing: list[str], run: RunDirectory) -> str:
-    """What the page lacks because the run has not got there."""
+def _missing(missing: list[str], damaged: list[str], run: RunDirectory) -> str:
+    """What the page lacks because the run has not got there, or its files do not hold what they should."""
     files = [
         path.name
         for path in (run.recipe, run.plan, run.shards / "index.json", run.metrics, run.ledger, run.evaluation)
         if not path.is_file()
     ]
-    if not missing and not files:
+    if not missing and not files and not damaged:
         return ""
     parts = []
     if missing:
         parts.append(f"<p>The run has still to: {escape(', '.join(missing))}.</p>")
     if files:
         parts.append(f"<p>Not written, so not in this report: {escape(', '.join(files))}.</p>")
+    if damaged:
+        parts.append(f"<p>Damaged, so not in this report: {escape(', '.join(damaged))}.</p>")
     return section("What is missing", *parts)
-
-
-def _toml(path: Path) -> Data:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

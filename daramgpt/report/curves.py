@@ -14,6 +14,8 @@ from daramgpt.run_directory import RunDirectory
 Data = dict[str, Any]
 # Of the step before, below which the last one is not drawn.
 LEAST_STEP_SHARE = 0.5
+# A larger loss or number of tokens is none.
+MOST_DRAWN = 1e15
 
 
 def curves(run: RunDirectory, index: Data) -> str:
@@ -50,6 +52,10 @@ def curves(run: RunDirectory, index: Data) -> str:
     return section("Curves", f'<div class="charts">{"".join(charts)}</div>', f'<p class="soft">{note}</p>')
 
 
+def _can_be_drawn(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and 0 <= value < MOST_DRAWN
+
+
 def _metrics(run: RunDirectory) -> list[Data]:
     """Lines of ``metrics.jsonl`` with finite losses, the last step only where it is not nearly empty.
 
@@ -58,7 +64,7 @@ def _metrics(run: RunDirectory) -> list[Data]:
     lines = [
         line
         for line in entries(run.metrics)
-        if {"tokens", "stage", "kd", "ce"} <= line.keys() and math.isfinite(line["kd"]) and math.isfinite(line["ce"])
+        if all(_can_be_drawn(line.get(key)) for key in ("tokens", "kd", "ce")) and isinstance(line.get("stage"), str)
     ]
     if len(lines) > 2:
         before, last = (late["tokens"] - early["tokens"] for early, late in pairwise(lines[-3:]))

@@ -14,7 +14,6 @@ The index carries a fingerprint of all that shaped the shards. Shards of another
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -26,14 +25,14 @@ from daramgpt.corpora import Corpus
 from daramgpt.corpora.archives import parts_of
 from daramgpt.curriculum import corpus_dir, find_corpora, take_bytes
 from daramgpt.errors import UserError
-from daramgpt.run_directory import RunDirectory, write_json
+from daramgpt.run_directory import RunDirectory, parse_json, read_text, write_json
 from daramgpt.shards.encode import TOKENIZER_FILES, Encoder
 from daramgpt.shards.encoded import token_dtype
 from daramgpt.shards.estimate import SAMPLE_TEXT_BYTES, estimate, table
 from daramgpt.shards.fingerprint import fingerprint, first_difference
 from daramgpt.shards.report import summary
 from daramgpt.shards.rows import FORMAT_VERSION, INDEX, TOKENIZER, read_index
-from daramgpt.shards.stages_writer import PROGRESS, StagesWriter
+from daramgpt.shards.stages_writer import PROGRESS, StagesWriter, sha256_of
 from daramgpt.shards.workers import Workers
 from daramgpt.shards.writer import disk_full_is_the_users
 
@@ -135,17 +134,21 @@ def _is_finished(run: RunDirectory, wanted: dict[str, Any]) -> bool:
 def _progress(partial: Path, wanted: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """How far a prepare that was killed had got, if it was after the same shards; else a fresh start."""
     try:
-        if json.loads((partial / _FINGERPRINT).read_text(encoding="utf-8")) == wanted:
-            progress: dict[str, Any] = json.loads((partial / PROGRESS).read_text(encoding="utf-8"))
+        if parse_json(read_text(partial / _FINGERPRINT)) == wanted:
+            progress: dict[str, Any] = parse_json(read_text(partial / PROGRESS))
+            if progress.pop("sha256") != sha256_of(progress):
+                raise ValueError
             done = [stage["name"] for stage in progress["stages"]]
             if (stage := progress["stage"]) is not None:
                 done.append(f"{stage['training']['counts'].get('text_bytes', 0) / 1e6:,.1f} MB of the next")
             say(f"going on after {', '.join(done)}, which an earlier prepare has written")
             return progress
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    if partial.exists():
+    if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
     partial.mkdir(parents=True)
     write_json(partial / _FINGERPRINT, wanted)
     return {"stages": [], "stage": None, "corpora": {}}

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daramgpt.errors import UserError
+from daramgpt.run_directory import parse_json, read_text
 from daramgpt.shards.encoded import token_dtype
 from daramgpt.shards.writer import CREDIT_DTYPE, num_rows
 
@@ -72,7 +74,9 @@ class Stream:
         path: without suffix.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], context_tokens: int, eos_token_id: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, context_tokens: int, eos_token_id: int) -> None:
+        dtype = token_dtype(vocab_size)
+        self._path, self._vocab_size = path, vocab_size
         self._tokens = np.memmap(path.with_name(f"{path.name}.bin"), dtype=dtype, mode="r")
         self._context_tokens = context_tokens
         self._eos_token_id = eos_token_id
@@ -90,6 +94,11 @@ class Stream:
         start = row * self._context_tokens
         tokens = self._tokens[start : start + self._context_tokens + 1]
         num_targets = len(tokens) - 1
+        if tokens.max() >= self._vocab_size:
+            raise UserError(
+                f"{self._path}.bin: row {row} holds token {tokens.max()} of {self._vocab_size}, it is damaged",
+                f"remove {self._path.parent} and prepare again",
+            )
         input_ids[:num_targets], labels[:num_targets] = tokens[:-1], tokens[1:]
         input_ids[num_targets:], labels[num_targets:] = self._eos_token_id, IGNORED
 
@@ -168,7 +177,7 @@ class Shards:
 
     def _stream(self, number: int, kind: str) -> Stream:
         name = f"{stage_file(number, self.stages[number].name)}{kind}"
-        return Stream(self.path / name, token_dtype(self.vocab_size), self.context_tokens, self.eos_token_id)
+        return Stream(self.path / name, self.vocab_size, self.context_tokens, self.eos_token_id)
 
 
 def stage_file(number: int, name: str) -> str:
@@ -182,16 +191,86 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, it is broken, or of another format.
     """
-    file = path / INDEX
+    file, mend = path / INDEX, f"remove {path} and run prepare again"
     if not file.is_file():
         raise UserError(f"{file} is missing: no shards have been finished there", "run prepare first")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json(read_text(file))
         version = index["format"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is broken", f"remove {path} and run prepare again") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is broken", mend) from None
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format {version}, this program needs {FORMAT_VERSION}", f"remove {path} and run prepare again"
-        )
+        raise UserError(f"{file} has format {version}, this program needs {FORMAT_VERSION}", mend)
+    try:
+        _check(_Index.model_validate(index))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise UserError(f"{file} is broken: {'.'.join(map(str, first['loc']))}: {first['msg']}", mend) from None
+    except ValueError as error:
+        raise UserError(f"{file} is broken: {error}", mend) from None
     return index
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**60)]
+
+
+class _Table(BaseModel):
+    """Of an index; what it has beyond its fields is of another version."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _File(_Table):
+    bytes: _Count
+    sha256: str | None = None
+
+
+class _Stage(_Table):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    corpus: str
+    unit: Literal["sentence", "paragraph"]
+    take_bytes: _Count
+    documents: _Count
+    units: _Count
+    unit_bytes: _Count
+    text_bytes: _Count
+    tokens: Annotated[int, Field(ge=1, lt=2**60)]
+    rows: Annotated[int, Field(ge=1, lt=2**60)]
+    heldout_documents: _Count
+    heldout_text_bytes: _Count
+    heldout_tokens: _Count
+    heldout_rows: _Count
+
+
+class _Index(_Table):
+    """What an index needs to be one."""
+
+    context_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    vocab_size: Annotated[int, Field(ge=1, lt=2**32)]
+    eos_token_id: _Count
+    stages: Annotated[list[_Stage], Field(min_length=1)]
+    files: dict[str, _File]
+    fingerprint: dict[str, Any]
+
+
+def _check(index: _Index) -> None:
+    """That it names the files of its stages and no others, and that their sizes are those of the rows it counts.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if index.eos_token_id >= index.vocab_size:
+        raise ValueError(f"token {index.eos_token_id} ends a text, there are {index.vocab_size}")
+    sizes: dict[str, int] = {}
+    for number, stage in enumerate(index.stages):
+        for kind, tokens, rows in (
+            ("", stage.tokens, stage.rows),
+            (".heldout", stage.heldout_tokens, stage.heldout_rows),
+        ):
+            if rows != num_rows(tokens + 1, index.context_tokens):
+                raise ValueError(f"stages.{number}: {tokens} tokens are not {rows} rows")
+            name = f"{stage_file(number, stage.name)}{kind}"
+            sizes[f"{name}.bin"] = (tokens + 1) * token_dtype(index.vocab_size).itemsize
+            sizes[f"{name}.bytes"] = rows * CREDIT_DTYPE.itemsize
+    if sizes != {name: file.bytes for name, file in index.files.items()}:
+        raise ValueError("its files are not those of its stages")

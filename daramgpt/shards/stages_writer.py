@@ -6,6 +6,8 @@ from the last one. Workers are given the next stage's text while the last of thi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.json"
 _SECONDS_BETWEEN_SAVES = 10.0
+
+
+def sha256_of(progress: dict[str, Any]) -> str:
+    """Of all that it says: one that is damaged is not gone on from."""
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
 
 
 class StagesWriter:
@@ -180,5 +187,6 @@ class StagesWriter:
 
     def _save(self, stage: dict[str, Any] | None) -> None:
         """Note how far everything has got; files must have been synced."""
-        write_json(self._partial / PROGRESS, {"stages": self._finished, "stage": stage, "corpora": self._states})
+        progress = {"stages": self._finished, "stage": stage, "corpora": self._states}
+        write_json(self._partial / PROGRESS, {**progress, "sha256": sha256_of(progress)})
         self._last_save = time.monotonic()

@@ -64,7 +64,6 @@ class HashedFile:
         self._hash = hashlib.sha256()
         self._file = path.open("r+b" if size else "wb")
         if size:
-            self._file.truncate(max(size, path.stat().st_size))
             left = size
             while left:
                 if not (data := self._file.read(min(left, _READ_BYTES))):
