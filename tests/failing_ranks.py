@@ -7,6 +7,7 @@ and a file of `Case` objects as JSON, and trains a run for each.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from rank_processes import run_on_ranks
 from tiny_training import CONTEXT, Training
 
 from daramgpt import planner
-from daramgpt.engine import DistillationModel
+from daramgpt.engine import DistillationModel, import_deepspeed
 from daramgpt.losses import DistillationHead
 from daramgpt.teacher import Teacher
 
@@ -121,6 +122,9 @@ def train_on_ranks(texts: Path, cases: list[Case], folder: Path) -> list[Trainin
 def main() -> None:
     torch.set_num_threads(1)
     texts, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    import_deepspeed(Path(sys.argv[2]).with_suffix(".log"))
+    # DeepSpeed collects garbage at each beginning and end, which would go through all that is imported.
+    gc.freeze()
     for fields in cases:
         fault = fields.pop("fault")
         Case(**fields, fault=fault and Fault(**fault)).train(texts)

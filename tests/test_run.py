@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import run_forked
 
 from daramgpt.checkpoint import newest
 from daramgpt.engine import without_rank
@@ -89,9 +90,12 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.directory = folder, RunDirectory(folder / "run")
 
+    def arguments(self, command: str, *options: str) -> list[str]:
+        return [command, str(self.folder / "tiny.toml"), "--run", str(self.directory.path), *options]
+
     def start(self, command: str, *options: str) -> subprocess.Popen[str]:
-        recipe = self.folder / "tiny.toml"
-        line = [sys.executable, "-m", "daramgpt", command, str(recipe), "--run", str(self.directory.path), *options]
+        """A process of its own."""
+        line = [sys.executable, "-m", "daramgpt", *self.arguments(command, *options)]
         # Output to a file: a full pipe would stop the program.
         with (self.folder / "output.txt").open("w") as output:
             return subprocess.Popen(
@@ -103,10 +107,18 @@ class Run:
                 env=ENVIRONMENT,
             )
 
-    def __call__(self, command: str, *options: str) -> str:
-        code = self.start(command, *options).wait(300)
+    def __call__(self, command: str, *options: str, code: int = 0) -> str:
+        """What it says, in a fork of the program."""
+        found = run_forked(self.arguments(command, *options), self.folder / "output.txt")
+        return self._said(found, code)
+
+    def train_alone(self) -> str:
+        """What the training says, in a process of its own, as those are that get killed."""
+        return self._said(self.start("train").wait(300), 0)
+
+    def _said(self, found: int, code: int) -> str:
         output = (self.folder / "output.txt").read_text(encoding="utf-8")
-        assert code == 0, output
+        assert found == code, output
         return output
 
     def weights(self) -> dict[str, Any]:
@@ -125,7 +137,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (run.folder / "tiny.toml").write_text(RECIPE, encoding="utf-8")
     run("prepare")
     run("plan")
-    run("train")
+    run.train_alone()
     return run
 
 
@@ -225,7 +237,7 @@ def test_killed_runs_end_with_the_same_weights(untrained: Run, prepared: Run) ->
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert untrained.status()["state"] == "dead"
-    output = untrained("train")
+    output = untrained.train_alone()
     assert "goes on from step" in output
     assert_same(untrained.weights(), prepared.weights())
     steps = [line["step"] for line in metrics(untrained)]
@@ -250,16 +262,13 @@ def test_a_signal_saves_and_stops(number: signal.Signals, untrained: Run) -> Non
 
 def assert_a_second_process_is_refused(run: Run, process: subprocess.Popen[str]) -> None:
     assert run.status()["state"] == "running"
-    line = [sys.executable, "-m", "daramgpt", "train", str(run.folder / "tiny.toml")]
-    line += ["--run", str(run.directory.path)]
-    second = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
-    assert second.returncode == 2
-    assert str(process.pid) in second.stderr
+    output = run.folder / "second.txt"
+    assert run_forked(run.arguments("train"), output) == 2
+    assert str(process.pid) in output.read_text(encoding="utf-8")
 
 
 def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
-    process = untrained.start("train", "--hours", "0.000001")
-    assert process.wait(DEADLINE_SECONDS) == 0
+    untrained("train", "--hours", "0.000001")
     status = untrained.status()
     assert status["state"] == "deadline"
     # A session gets at least one step further, however short it is.
@@ -270,19 +279,27 @@ def test_a_deadline_stops_with_everything_saved(untrained: Run) -> None:
     assert newest(untrained.directory.checkpoints) is not None
 
 
-def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run) -> None:
-    untrained.directory.plan.unlink()
-    untrained("plan", "--num-gpus", "2")
-    untrained("train")
+@pytest.fixture(scope="module")
+def plan_of_two_ranks(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(prepared.folder, folder, dirs_exist_ok=True)
+    run = Run(folder)
+    run.directory.plan.unlink()
+    run("plan", "--num-gpus", "2")
+    return run.directory.plan
+
+
+def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run, plan_of_two_ranks: Path) -> None:
+    shutil.copy(plan_of_two_ranks, untrained.directory.plan)
+    untrained.train_alone()
     expected = prepared.weights()
     for name, value in untrained.weights().items():
         assert value.allclose(expected[name], rtol=1e-3, atol=1e-5), name
     assert untrained.status()["tokens"] == prepared.status()["tokens"]
 
 
-def test_what_a_rank_refuses_reaches_the_user(untrained: Run) -> None:
-    untrained.directory.plan.unlink()
-    untrained("plan", "--num-gpus", "2")
+def test_what_a_rank_refuses_reaches_the_user(untrained: Run, plan_of_two_ranks: Path) -> None:
+    shutil.copy(plan_of_two_ranks, untrained.directory.plan)
     (untrained.directory.shards / "index.json").unlink()
     process = untrained.start("train")
     assert process.wait(DEADLINE_SECONDS) == 2

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import run_forked
 from rank_processes import run_on_ranks
 from test_run import ENVIRONMENT, RECIPE
 
@@ -32,6 +33,8 @@ SETTINGS = (
     ("take", '"8KB"', '"3KB"'),
     ("take", '"10KB"', '"3KB"'),
     ("take", '"6KB"', '"3KB"'),
+    # Few steps: most of the time goes to starting ranks.
+    ("batch_tokens", "256", "512"),
 )
 TIMEOUT_SECONDS = 120
 
@@ -77,13 +80,23 @@ def network() -> Iterator[Network]:
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-class Command:
-    """``python -m daramgpt`` on a run directory, its output in a file."""
+def line_of(run: RunDirectory, command: str, *arguments: str) -> list[str]:
+    return [command, str(run.path.parent / "tiny.toml"), "--run", str(run.path), *arguments]
 
-    def __init__(self, run: RunDirectory, name: str, *arguments: str, prefix: list[str] | None = None) -> None:
-        self.output_path = run.path.parent / f"{name}.txt"
-        line = [*(prefix or []), sys.executable, "-m", "daramgpt", name.split("-")[0]]
-        line += [str(run.path.parent / "tiny.toml"), "--run", str(run.path), *arguments]
+
+def do(run: RunDirectory, command: str, *arguments: str) -> None:
+    """A command of one machine."""
+    output = run.path.parent / f"{command}.txt"
+    assert run_forked(line_of(run, command, *arguments), output) == 0, output.read_text(encoding="utf-8")
+
+
+class Node:
+    """``python -m daramgpt train`` of one node, its output in a file."""
+
+    def __init__(self, run: RunDirectory, node: int, prefix: list[str], *arguments: str) -> None:
+        self.output_path = run.path.parent / f"train-{node}.txt"
+        line = [*prefix, sys.executable, "-m", "daramgpt"]
+        line += line_of(run, "train", "--node-rank", str(node), *arguments)
         # Two processes share few cores: threads that wait in a loop would keep each other from working.
         environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"}
         with self.output_path.open("w") as output:
@@ -91,10 +104,10 @@ class Command:
                 line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
             )
 
-    def wait(self, code: int = 0) -> str:
-        found = self.process.wait(TIMEOUT_SECONDS)
+    def wait(self) -> str:
+        code = self.process.wait(TIMEOUT_SECONDS)
         text = self.output_path.read_text(encoding="utf-8")
-        assert found == code, text
+        assert code == 0, text
         return text
 
 
@@ -107,7 +120,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         recipe = recipe.replace(f"{key} = {old}", f"{key} = {new}")
     (folder / "tiny.toml").write_text(recipe, encoding="utf-8")
     run = RunDirectory(folder / "run")
-    Command(run, "prepare").wait()
+    do(run, "prepare")
     return run
 
 
@@ -115,8 +128,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 def single(prepared: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run, trained by one process."""
     run = copy(prepared, tmp_path_factory.mktemp("single"))
-    Command(run, "plan").wait()
-    Command(run, "train").wait()
+    do(run, "plan")
+    do(run, "train")
     return run
 
 
@@ -146,17 +159,11 @@ def test_two_nodes_train_the_run_of_one_process(
 ) -> None:
     run = copy(prepared, tmp_path)
     hostfile = network.write_hostfile(tmp_path)
-    Command(run, "plan", "--hostfile", str(hostfile)).wait()
+    do(run, "plan", "--hostfile", str(hostfile))
     port = free_port()
     # The second one first: the order in which they are started must not matter.
     second, first = (
-        Command(
-            run,
-            f"train-{node}",
-            *("--hostfile", str(hostfile), "--node-rank", str(node), "--master-port", port),
-            prefix=network.prefixes[node],
-        )
-        for node in (1, 0)
+        Node(run, node, network.prefixes[node], "--hostfile", str(hostfile), "--master-port", port) for node in (1, 0)
     )
     first.wait()
     assert f"joining {network.addresses[0]}:{port}" in second.wait()
