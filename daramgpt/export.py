@@ -7,7 +7,6 @@ The directory is complete or absent: everything is written into a temporary one 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from daramgpt import model_card
 from daramgpt.errors import UserError
 from daramgpt.generate import Sampling
 from daramgpt.recipe import Recipe, Shape
-from daramgpt.run_directory import RunDirectory, write_json
+from daramgpt.run_directory import RunDirectory, parse_json, read_text, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +143,7 @@ def save_model(
 def stands(out_dir: Path, record: Mapping[str, Any]) -> bool:
     """Whether a directory was written from `record` and its weights are still those that were written."""
     try:
-        found = json.loads((out_dir / RECORD).read_text(encoding="utf-8"))
+        found = parse_json(read_text(out_dir / RECORD))
         return all(found.get(key) == value for key, value in record.items()) and (
             found["model_sha256"] == _sha256(out_dir / WEIGHTS)
         )

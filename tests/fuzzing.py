@@ -119,7 +119,7 @@ def damaged_lines(draw: st.DrawFn, text: str) -> str:
         place = draw(st.integers(0, len(lines) - 1))
         kind = draw(st.sampled_from(["json", "json", "json", "remove", "double", "cut", "join", "move", "value"]))
         if kind == "json":
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines[place] = draw(damaged_json(lines[place]))
         elif kind == "remove":
             del lines[place]

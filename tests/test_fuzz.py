@@ -518,8 +518,17 @@ def test_what_was_found(place: Place, kind: str, key: str, value: Any, line: str
 def test_what_stands_in_the_place_of_a_file(place: Place, kind: str, what: str) -> None:
     place.restore()
     put(place.run.path / FILES[kind], what, place.outside)
-    for line in ("status", "train", "export"):
+    for line in ("status", "train", "export", "evaluate", "report"):
         place.check(lambda: place.command(line))  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_no_text_is_taken_for_granted(place: Place, kind: str) -> None:
+    place.restore()
+    file = place.run.path / FILES[kind]
+    file.write_bytes(b"\xfb" + file.read_bytes()[1:])
+    for line in COMMANDS:
+        place.check(lambda: place.command(*line.split()))  # noqa: B023
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -187,7 +188,7 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
     facts = {
         "settings": part.model_dump_json(exclude={"corpus": True, "teacher": {"model"}, "engine": {"ds_config"}}),
         "plan.json": json.dumps(frozen),
-        "shards": _text(run.shards / "index.json"),
+        "shards": _digest(run.shards / "index.json"),
         "checkpoints": f"{saved.path.name} {saved.sha256}" if saved else "none",
         "hours left": str(left.seconds > 0),
     }
@@ -237,6 +238,6 @@ def _session_start() -> float:
     return float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
 
 
-def _text(path: Path) -> str:
+def _digest(path: Path) -> str:
     """Of a small file; empty where there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

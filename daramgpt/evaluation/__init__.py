@@ -8,7 +8,6 @@ that running again costs nothing. Importing this package is cheap: what computes
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from daramgpt import results_table
 from daramgpt.errors import UserError
 from daramgpt.recipe import Recipe
-from daramgpt.run_directory import RunDirectory, write_json
+from daramgpt.run_directory import RunDirectory, parse_json, read_text, write_json
 
 if TYPE_CHECKING:
     from daramgpt.checkpoint import Saved
@@ -191,7 +190,7 @@ def _fingerprint(
 def _standing(run: RunDirectory, measured_from: dict[str, Any]) -> dict[str, Any] | None:
     """``evaluation.json`` where it measured the same, else None."""
     try:
-        evaluation = json.loads(run.evaluation.read_text(encoding="utf-8"))
+        evaluation = parse_json(read_text(run.evaluation))
         return evaluation if evaluation["measured_from"] == measured_from else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -200,7 +199,7 @@ def _standing(run: RunDirectory, measured_from: dict[str, Any]) -> dict[str, Any
 def _plan(run: RunDirectory) -> dict[str, Any]:
     """The parts of ``plan.json`` that an evaluation depends on."""
     try:
-        plan = json.loads(run.plan.read_text(encoding="utf-8"))
+        plan = parse_json(read_text(run.plan))
         return {key: plan[key] for key in ("dtype", "teacher_precision")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{run.plan} is missing or broken", "plan the run first") from None

@@ -18,7 +18,7 @@ from daramgpt.generate import Sampling
 from daramgpt.recipe import Loss
 from daramgpt.report.curves import curves
 from daramgpt.report.page import facts, page, section, table, tiles
-from daramgpt.run_directory import RunDirectory, read_json, write_atomically
+from daramgpt.run_directory import RunDirectory, read_json, read_text, write_atomically
 
 Data = dict[str, Any]
 # Of a list that may be as long as the corpora are broken.
@@ -219,9 +219,10 @@ def _sessions(found: status.Status) -> str:
 
 
 def _reproduce(run: RunDirectory) -> str:
-    if not run.recipe.is_file():
+    try:
+        text = read_text(run.recipe)
+    except (OSError, ValueError):
         return ""
-    text = run.recipe.read_text(encoding="utf-8")
     command = "# recipe.toml as below\nbash launch.sh recipe.toml --run runs/again"
     return section(
         "How to reproduce",
