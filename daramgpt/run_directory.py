@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def initial_weights(self) -> Path:
+        """What the student begins with, where that is not random."""
+        return self.path / "initial.safetensors"
+
+    @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
 
@@ -155,8 +160,8 @@ def parse_json(text: str | bytes) -> Any:
     return data
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new, never a part.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: a reader sees the old content or the new, never a part.
 
     Raises:
         UserError: a folder stands in its place.
@@ -164,8 +169,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -47,7 +47,19 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("curriculum", "tokenizer", "engine"), 2),
     **dict.fromkeys(("shards", "checkpoint", "planner", "persistence"), 3),
     **dict.fromkeys(
-        ("train", "status", "model_card", "export", "evaluation", "report", "doctor", "launcher", "planning"), 4
+        (
+            "train",
+            "status",
+            "model_card",
+            "export",
+            "evaluation",
+            "initialisation",
+            "report",
+            "doctor",
+            "launcher",
+            "planning",
+        ),
+        4,
     ),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }

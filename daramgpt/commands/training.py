@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daramgpt import budget, hardware
 from daramgpt import recipe as recipes
-from daramgpt.commands import copies
+from daramgpt.commands import copies, initial_weights
 from daramgpt.commands.parts import export_teacher, load_teacher, open_shards, parts_of, teacher_dir
 from daramgpt.errors import UserError
 from daramgpt.ledger import sessions
@@ -188,7 +186,7 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
     facts = {
         "settings": part.model_dump_json(exclude={"corpus": True, "teacher": {"model"}, "engine": {"ds_config"}}),
         "plan.json": json.dumps(frozen),
-        "shards": _digest(run.shards / "index.json"),
+        "shards": initial_weights.digest(run.shards / "index.json"),
         "checkpoints": f"{saved.path.name} {saved.sha256}" if saved else "none",
         "hours left": str(left.seconds > 0),
     }
@@ -209,6 +207,12 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
     # What is not needed to find that out is imported from here on.
     from daramgpt import train
 
+    initial = None
+    if saved is None and (made_from := initial_weights.ensure(label, part, part_run, run, console)):
+        initial = part_run.initial_weights
+        # The first rank makes them; the others wait here.
+        launcher.check_agreement({"settings of the initial weights": made_from}, run.log)
+        launcher.check_agreement({"the initial weights": initial_weights.digest(initial)}, run.log)
     loaded = None
     if part.teacher is not None:
         loaded = load_teacher(part, run, frozen)
@@ -229,6 +233,7 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
             session.persister,
             teacher_sha256,
             session.allows_changes,
+            initial,
         )
     )
 
@@ -236,8 +241,3 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
 def _session_start() -> float:
     """Unix time at which the session began; ``launch.sh`` says when."""
     return float(os.environ.get("DARAMGPT_SESSION_START") or time.time())
-
-
-def _digest(path: Path) -> str:
-    """Of a small file; empty where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -54,4 +54,11 @@ class Teacher(Section):
 class Student(Shape):
     """The model that is trained; vocabulary and tokenizer are the teacher's."""
 
-    init: Literal["random"] = Field("random", description="start of the weights")
+    init: Literal["random", "projected"] = Field(
+        "random",
+        description="start of the weights; projected: those of a GPT-2 teacher, fitted to the student's shape by least "
+        "squares on text of the curriculum, in minutes",
+    )
+    calibration_tokens: int = Field(
+        24_576, ge=1024, le=2**22, description="tokens of that text; memory and time grow with them"
+    )

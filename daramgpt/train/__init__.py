@@ -71,11 +71,12 @@ def train(training: Training) -> str:
     while True:
         plan = training.plan
         position, tensors, loss_scaler = _newest(training)
-        distiller = build_distiller(recipe, run, shards, plan, teacher, tensors)
+        begun_with = tensors["weights"] if tensors is not None else _initial_weights(training)
+        distiller = build_distiller(recipe, run, shards, plan, teacher, begun_with)
         if tensors is not None:
             distiller.restore(tensors, position.optimizer_steps, loss_scaler)
         # Three times the weights are not to lie there for hours.
-        tensors = None
+        tensors = begun_with = None
         feed = Feed(
             shards,
             plan["batch_rows"],
@@ -159,19 +160,35 @@ def _newest(training: Training) -> tuple[Position, _Tensors | None, dict[str, An
     return Position.read(saved.state, plan["num_steps"]), tensors, saved.state["loss_scaler"]
 
 
+def _initial_weights(training: Training) -> dict[str, torch.Tensor] | None:
+    """What a student without a checkpoint begins with; None = random weights."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = training.initial_weights
+    if path is None:
+        return None
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: {error}", "share one run directory between the nodes, or copy the first node's to the others"
+        ) from None
+
+
 def build_distiller(
     recipe: Recipe,
     run: RunDirectory,
     shards: Shards,
     plan: dict[str, Any],
     teacher: Teacher | None,
-    tensors: _Tensors | None,
+    weights: dict[str, torch.Tensor] | None,
 ) -> Distiller:
     """A student with its optimizer, as a run of this plan trains it.
 
     Args:
         recipe, run, shards, plan, teacher: as of `train`.
-        tensors: of a checkpoint, whose weights the student gets; None = as it is initialised.
+        weights: what the student begins with, by transformers' names; None = random ones.
 
     Raises:
         UserError: DeepSpeed refuses its config, the teacher cannot be shown documents one by one.
@@ -179,8 +196,8 @@ def build_distiller(
     model = student.build(
         recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
-    if tensors is not None:
-        model.load_state_dict(tensors["weights"], strict=False)
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)
     if recipe.engine.compile == "all":
         compiling.compile_blocks(model)
     if recipe.engine.activation_checkpointing:

@@ -31,6 +31,7 @@ class Training:
         persister: gets each checkpoint; None where there is none, and on ranks other than the first.
         teacher_sha256: as from `teacher.fingerprint`; a checkpoint that has another one is not gone on from.
         allows_changes: go on from a checkpoint of other settings, as far as `recipe.CHANGEABLE` goes.
+        initial_weights: safetensors by transformers' names that the student begins with; None = random ones.
     """
 
     label: str
@@ -46,3 +47,4 @@ class Training:
     persister: Persister | None = None
     teacher_sha256: str | None = None
     allows_changes: bool = False
+    initial_weights: Path | None = None

@@ -1,0 +1,136 @@
+"""One attention of the student in place of those of several blocks of the teacher.
+
+Every head of these blocks is a candidate: its queries and keys, expressed in the student's stream, are cut to the
+student's head size where they keep most of the attention logits; the student's stream, averaged by these weights, is
+what a head of the student can offer. Heads are taken one by one, each time the one that, together with those that are
+there, leaves least of what the stream has yet to become.
+
+Legend of shapes: R rows, T tokens a row, N = R · T, D width of the teacher, d of the student, h of one of its heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from daramgpt.initialisation.least_squares import Fit, factors, fit, square_root
+from daramgpt.initialisation.teacher_states import BlockStates
+
+INPUT_RIDGE, OUTPUT_RIDGE = 1e-3, 1e-2
+# Candidates are compared on every so many'th token.
+STRIDE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A candidate.
+
+    Attributes:
+        query, key: from the stream [N, d] behind its norm to [N, h].
+    """
+
+    query: Fit
+    key: Fit
+
+    def mixed(self, normed: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The stream, averaged by the attention: [N, d] → [N, d]."""
+        stream = normed.view(num_rows, 1, -1, normed.shape[1])
+        queries, keys = (one(normed).view(num_rows, 1, stream.shape[2], -1) for one in (self.query, self.key))
+        mixed = torch.nn.functional.scaled_dot_product_attention(queries, keys, stream, is_causal=True)
+        return mixed.reshape(normed.shape)
+
+
+def fit_attention(
+    states: list[BlockStates],
+    normed: torch.Tensor,
+    wanted: torch.Tensor,
+    sample_weights: torch.Tensor,
+    num_rows: int,
+    num_heads: int,
+) -> dict[str, torch.Tensor]:
+    """Weights of ``attn`` for a block of the student.
+
+    Args:
+        states: of the teacher's blocks that it stands for.
+        normed: [N, d], the student's stream behind its first norm, whose own weights are one.
+        wanted: [N, d], what is to be added to the stream.
+        sample_weights: [N]
+        num_rows, num_heads: R, and heads of the student.
+
+    Returns:
+        By transformers' names: ``c_attn.weight`` [d, 3d], ``c_proj.weight`` [d, d], and their biases.
+    """
+    width = normed.shape[1]
+    head_size = width // num_heads
+    heads = [head for one in states for head in _candidates(one, normed, sample_weights, head_size)]
+    chosen = _choose(heads, normed, wanted, sample_weights, num_rows, num_heads)
+    mixed = torch.cat([head.mixed(normed, num_rows) for head in chosen], 1)
+    whole = fit(mixed, wanted, sample_weights, OUTPUT_RIDGE)
+    share = sample_weights / sample_weights.sum()
+    values = []
+    for part, weight in zip(mixed.split(width, 1), whole.weight.split(width), strict=True):
+        root = square_root(part - share @ part, share)
+        u, singular, _ = torch.linalg.svd(root.T @ weight.double(), full_matrices=False)
+        scaled = u[:, :head_size] * singular[:head_size].sqrt()
+        values.append(torch.linalg.solve_triangular(root.T, scaled, upper=True).float())
+    out = torch.cat([part @ value for part, value in zip(mixed.split(width, 1), values, strict=True)], 1)
+    projection = fit(out, wanted, sample_weights, OUTPUT_RIDGE)
+    queries, keys = [head.query for head in chosen], [head.key for head in chosen]
+    return {
+        "c_attn.weight": torch.cat([*(one.weight for one in (*queries, *keys)), *values], 1),
+        "c_attn.bias": torch.cat([*(one.bias for one in (*queries, *keys)), normed.new_zeros(width)]),
+        "c_proj.weight": projection.weight,
+        "c_proj.bias": projection.bias,
+    }
+
+
+def _candidates(states: BlockStates, normed: torch.Tensor, sample_weights: torch.Tensor, head_size: int) -> list[Head]:
+    """The heads of one of the teacher's blocks, in the student's stream and head size."""
+    attention: Any = states.block.attn
+    inputs = states.block.ln_1(states.before)
+    into = fit(normed, inputs, sample_weights, INPUT_RIDGE)
+    width = inputs.shape[1]
+    size = width // attention.num_heads
+    found = []
+    for head in range(attention.num_heads):
+        sides = []
+        for offset in (0, width):
+            place = slice(offset + head * size, offset + (head + 1) * size)
+            sides.append((attention.c_attn.weight[:, place], attention.c_attn.bias[place]))
+        roots = [square_root(torch.addmm(bias, inputs, weight)) for weight, bias in sides]
+        # Logits are divided by the root of the head size, which is another one here.
+        scale = min(1.0, head_size / size) ** 0.25
+        reduced = factors(roots[0], roots[1], min(head_size, size))
+        fits = []
+        for (weight, bias), small in zip(sides, reduced, strict=True):
+            # A head of the student may be wider than the teacher's: the rest of it is zero.
+            room = torch.nn.functional.pad(small * scale, (0, head_size - small.shape[1]))
+            fits.append(Fit(into.weight @ weight @ room, (into.bias @ weight + bias) @ room))
+        found.append(Head(*fits))
+    return found
+
+
+def _choose(
+    heads: list[Head],
+    normed: torch.Tensor,
+    wanted: torch.Tensor,
+    sample_weights: torch.Tensor,
+    num_rows: int,
+    num_heads: int,
+) -> list[Head]:
+    mixed = [head.mixed(normed, num_rows)[::STRIDE] for head in heads]
+    left, weights = wanted[::STRIDE], sample_weights[::STRIDE]
+    chosen: list[int] = []
+    for _ in range(min(num_heads, len(heads))):
+        errors = {
+            number: float(weights @ (left - fit(one, left, weights, OUTPUT_RIDGE)(one)).square().sum(1))
+            for number, one in enumerate(mixed)
+            if number not in chosen
+        }
+        chosen.append(min(errors, key=lambda number: errors[number]))
+        together = torch.cat([mixed[number] for number in chosen], 1)
+        left = wanted[::STRIDE] - fit(together, wanted[::STRIDE], weights, OUTPUT_RIDGE)(together)
+    # A student with more heads than there are candidates has some twice.
+    return [heads[chosen[number % len(chosen)]] for number in range(num_heads)]

@@ -1,0 +1,72 @@
+"""One MLP of the student in place of those of several blocks of the teacher.
+
+Their neurons, read from the student's stream, are candidates. The least useful are left out in rounds, and after each
+round the weights behind those that stay are fitted anew.
+
+Legend of shapes: N tokens, d width of the student, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from daramgpt.initialisation.attention_fit import INPUT_RIDGE, OUTPUT_RIDGE
+from daramgpt.initialisation.least_squares import Fit, fit
+from daramgpt.initialisation.teacher_states import BlockStates
+
+# Of so many times the student's neurons the best are found by fitting; of more, by their own size alone.
+CANDIDATES, SHARE_KEPT = 4, 0.7
+
+
+def fit_mlp(
+    states: list[BlockStates],
+    normed: torch.Tensor,
+    wanted: torch.Tensor,
+    sample_weights: torch.Tensor,
+    basis: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Weights of ``mlp`` for a block of the student, with 4 d neurons.
+
+    Args:
+        states: of the teacher's blocks that it stands for.
+        normed: [N, d], the student's stream behind its second norm, whose own weights are one.
+        wanted: [N, d], what is to be added to the stream.
+        sample_weights: [N]
+        basis: [D, d], the student's channels in the teacher's.
+
+    Returns:
+        By transformers' names: ``c_fc.weight`` [d, 4d], ``c_proj.weight`` [4d, d], and their biases.
+    """
+    num_neurons = 4 * normed.shape[1]
+    weights, biases, sizes = [], [], []
+    for one in states:
+        mlp: Any = one.block.mlp
+        into = fit(normed, one.block.ln_2(one.between), sample_weights, INPUT_RIDGE)
+        neurons = Fit(into.weight @ mlp.c_fc.weight, into.bias @ mlp.c_fc.weight + mlp.c_fc.bias)
+        sizes.append(_active(normed, neurons).std(0) * (mlp.c_proj.weight @ basis).norm(dim=1))
+        weights.append(neurons.weight)
+        biases.append(neurons.bias)
+    weight, bias, size = torch.cat(weights, 1), torch.cat(biases), torch.cat(sizes)
+    kept = size.argsort(descending=True)[: CANDIDATES * num_neurons]
+    active = _active(normed, Fit(weight[:, kept], bias[kept]))
+    out = fit(active, wanted, sample_weights, OUTPUT_RIDGE)
+    while len(kept) > num_neurons:
+        size = out.weight.norm(dim=1) * active.std(0)
+        best = size.argsort(descending=True)[: max(num_neurons, int(SHARE_KEPT * len(kept)))]
+        kept, active = kept[best], active[:, best]
+        out = fit(active, wanted, sample_weights, OUTPUT_RIDGE)
+    # A teacher with fewer neurons than the student leaves some of the student's without an effect.
+    room = num_neurons - len(kept)
+    pad = torch.nn.functional.pad
+    return {
+        "c_fc.weight": pad(weight[:, kept], (0, room)),
+        "c_fc.bias": pad(bias[kept], (0, room)),
+        "c_proj.weight": pad(out.weight, (0, 0, 0, room)),
+        "c_proj.bias": out.bias,
+    }
+
+
+def _active(normed: torch.Tensor, neurons: Fit) -> torch.Tensor:
+    return torch.nn.functional.gelu(neurons(normed), approximate="tanh")
