@@ -20,7 +20,7 @@ import torch
 from rank_processes import run_on_ranks
 
 from daramgpt import student
-from daramgpt.engine import Distiller, import_deepspeed
+from daramgpt.engine import Distiller, import_deepspeed, leave_ranks
 from daramgpt.losses import distillation_loss_reference
 from daramgpt.recipe import Loss, Optimizer, Shape
 from daramgpt.teacher import Teacher
@@ -209,6 +209,7 @@ def main() -> None:
         losses[name] = case.losses(teacher, log) if same is None else losses[same]
     if os.environ["RANK"] == "0":
         print(ANSWER + json.dumps(losses))
+    leave_ranks()
 
 
 if __name__ == "__main__":

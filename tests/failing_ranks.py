@@ -21,7 +21,7 @@ from rank_processes import run_on_ranks
 from tiny_training import CONTEXT, Training
 
 from daramgpt import planner
-from daramgpt.engine import DistillationModel, import_deepspeed
+from daramgpt.engine import DistillationModel, import_deepspeed, leave_ranks
 from daramgpt.losses import DistillationHead
 from daramgpt.teacher import Teacher
 
@@ -128,6 +128,7 @@ def main() -> None:
     for fields in cases:
         fault = fields.pop("fault")
         Case(**fields, fault=fault and Fault(**fault)).train(texts)
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from distilling import OPTIMIZER, SHAPE, WIDE, batches, make_distiller, make_student, make_teacher, num_targets
 from rank_processes import run_on_ranks
 
-from daramgpt.engine import DistillationModel, Distiller, LossScaleFloorError, StepResult, import_deepspeed
+from daramgpt.engine import DistillationModel, Distiller, LossScaleFloorError, StepResult, import_deepspeed, leave_ranks
 from daramgpt.teacher import Teacher
 
 ANSWER = "SEEN "
@@ -201,6 +201,7 @@ def main() -> None:
     for name, case in cases.items():
         seen[name] = case.seen_in_fp16(log) if "fp16" in case.ds_config else case.seen(log)
     print(ANSWER + json.dumps(seen))
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -178,6 +178,7 @@ def test_two_nodes_train_the_run_of_one_process(
 CHECK = """
 import os, sys
 from pathlib import Path
+from daramgpt.engine import leave_ranks
 from daramgpt.errors import UserError
 from daramgpt.launcher import check_agreement
 rank, log = os.environ["RANK"], Path(sys.argv[1])
@@ -187,6 +188,7 @@ try:
     check_agreement(different, log)
 except UserError as error:
     print(error.fault)
+leave_ranks()
 """
 
 

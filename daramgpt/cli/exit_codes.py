@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -59,6 +61,14 @@ def guarded(run: Callable[[], Any]) -> int:
     except RankError as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without what the interpreter does as it ends; what was printed and logged stays."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _refuse(line: str) -> int:

@@ -35,14 +35,19 @@ def ensure(label: str, part: Recipe, part_run: RunDirectory, run: RunDirectory, 
     Raises:
         UserError: the student cannot be projected from this teacher.
     """
-    from daramgpt import teacher
-
     if part.student.init == "random":
         return ""
+    import torch
+
+    from daramgpt import teacher
+
     facts = [part.student.model_dump(), part.seed, teacher.fingerprint(teacher_dir(part, run)), open_shards(run).sha256]
     made_from = json.dumps(facts, sort_keys=True)
     if os.environ.get("RANK", "0") == "0" and _made_from(part_run.initial_weights) != made_from:
         _make(label, part, part_run, run, made_from, console)
+        if torch.cuda.is_available():
+            # The training is to have all of the GPU.
+            torch.cuda.empty_cache()
     return made_from
 
 
