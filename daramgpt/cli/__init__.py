@@ -301,7 +301,7 @@ def train_rank(
 def main() -> None:
     """Run a command and turn what goes wrong into exit codes."""
     code = exit_codes.guarded(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    if code and "RANK" in os.environ:
+    if code and sys.argv[1:2] == ["train-rank"]:
         # The threads of a rank that is still connected to others may abort it while the interpreter ends, and what the
         # launcher would see is a crash instead of a refusal.
         exit_codes.leave_at_once(code)
