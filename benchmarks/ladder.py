@@ -243,7 +243,7 @@ class DaramgptRow:
                 batches = [_cut(self._rows, tokens)] * self._micro_batches
             num_targets = sum(labels.numel() for _, labels in batches)
             taken = self._distiller.step(iter(batches), num_targets, self._learning_rate)
-            loss = self._loss.kd_weight * taken.kd + self._loss.ce_weight * taken.ce if loss is None else loss
+            loss = self._loss.total(taken.kd, taken.ce, taken.hidden) if loss is None else loss
             useful += num_targets
         input_ids = batches[0][0]
         return Work(useful, useful, steps * self._micro_batches, input_ids.numel(), input_ids.shape[1], loss)

@@ -48,7 +48,7 @@ def fused(student: GPT2LMHeadModel, teacher: Teacher, chunk_tokens: int) -> Loss
 
     def loss(student: GPT2LMHeadModel, input_ids: Tensor, labels: Tensor) -> Tensor:
         hidden = teacher.hidden_states(input_ids)
-        total, _, _ = model(input_ids, labels, hidden, teacher.head_weight, teacher.head_bias)
+        total, *_ = model(input_ids, labels, hidden, teacher.head_weight, teacher.head_bias)
         return total / labels.numel()
 
     return loss

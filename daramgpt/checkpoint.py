@@ -65,8 +65,10 @@ class Saved:
         return load_file(self.path / f"{name}.safetensors")
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """fp32 weights by their Hugging Face names, the tied head left out."""
-        return self.tensors("weights")
+        """fp32 weights of the student by their Hugging Face names, without the tied head and what is trained along."""
+        from daramgpt.engine import PROJECTIONS
+
+        return {name: value for name, value in self.tensors("weights").items() if not name.startswith(PROJECTIONS)}
 
 
 def save(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from daramgpt.blocks import blocks_of
 from daramgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,8 @@ def compile_blocks(model: nn.Module) -> None:
     Raises:
         UserError: the device or the machine cannot.
     """
-    from torch import nn
-
     check()
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    # Of the blocks themselves, not of what is listed inside one.
-    for block in max(stacks, key=len):
+    for block in blocks_of(model):
         block.compile(dynamic=False)
 
 

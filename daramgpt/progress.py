@@ -125,6 +125,9 @@ class TrainingDisplay:
         parts = [f"{self.label}: step {entry['step']}/{self.num_steps}", entry["stage"], f"loss {entry['loss']:.3f}"]
         if entry["kd"]:
             parts.append(f"kd {entry['kd']:.3f}")
-        parts += [f"ce {entry['ce']:.3f}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+        parts.append(f"ce {entry['ce']:.3f}")
+        if entry.get("hidden"):
+            parts.append(f"hidden {entry['hidden']:.3f}")
+        parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{duration(3600 * entry['hours_left'])} left")
         return "  ".join(parts)

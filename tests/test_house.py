@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "daramgpt"
 LAYERS: dict[str, int] = {
     **dict.fromkeys(
         (
+            "blocks",
             "errors",
             "malloc",
             "run_directory",

@@ -91,7 +91,7 @@ class Distiller:
         row, self.rate = float(rows[0]), rate
         count, total, order = self.weights.tolist()
         self.weights = torch.tensor([count + 1, total + row, (order * 31 + row) % 1e9], dtype=torch.float64)
-        return StepResult(kd=1.0, ce=1.0, grad_norm=1.0, applied=True, is_finite=True, flags=tuple(flags()))
+        return StepResult(kd=1.0, ce=1.0, hidden=0.0, grad_norm=1.0, applied=True, is_finite=True, flags=tuple(flags()))
 
     def gather(self) -> dict[str, dict[str, torch.Tensor]]:
         self.clock.passes(SAVE_SECONDS)

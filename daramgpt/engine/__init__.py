@@ -17,7 +17,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -27,8 +27,9 @@ from pydantic import ValidationError
 
 from daramgpt import ds_config as ds_configs
 from daramgpt.attention import Documents
+from daramgpt.blocks import block_pairs, blocks_of
 from daramgpt.engine.loss_scale import LossScale, LossScaleFloorError
-from daramgpt.engine.module import DistillationModel, consecutive_positions
+from daramgpt.engine.module import PROJECTIONS, DistillationModel, consecutive_positions, objective_of
 from daramgpt.engine.non_finite import carried_by_gradient, guard
 from daramgpt.engine.optimizer import client_optimizer
 from daramgpt.engine.out_of_memory import StepOutOfMemoryError, is_out_of_memory
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from daramgpt.teacher import Teacher
 
 __all__ = [
+    "PROJECTIONS",
     "DistillationModel",
     "Distiller",
     "LossScaleFloorError",
@@ -52,6 +54,7 @@ __all__ = [
     "is_out_of_memory",
     "join_ranks",
     "leave_ranks",
+    "objective_of",
     "without_rank",
 ]
 
@@ -64,6 +67,7 @@ class StepResult:
 
     Attributes:
         kd, ce: nats a target token; kd includes T².
+        hidden: 1 - cosine of hidden states, a target token; 0 where they are not compared.
         grad_norm: before clipping; infinite or NaN where `applied` is False.
         applied: False where a loss or a gradient, of any rank, was not finite: no weight, moment or step count moved.
         is_finite: False where the same rows would give the same again: in bf16 and fp32. In fp16 it was an overflow,
@@ -73,6 +77,7 @@ class StepResult:
 
     kd: float
     ce: float
+    hidden: float
     grad_norm: float
     applied: bool
     is_finite: bool
@@ -93,13 +98,15 @@ class Distiller:
         log: file that takes what DeepSpeed prints.
         document_start_id: token that begins a document, where no model is to look across documents; None lets them.
         loss_is_compiled: its softmax arithmetic by torch.compile.
+        seed: of what is trained along with the student, where `weights` does not hold it.
+        weights: as from `gather`; of them, those that are trained along are taken.
 
     Attributes:
         is_intact: False from the moment the optimizer begins to move until the step's result is there: what a fault
             leaves in between is no state to go on from, or one of a step that nobody has counted.
 
     Raises:
-        UserError: DeepSpeed refuses the configuration.
+        UserError: DeepSpeed refuses the configuration, or the loss compares blocks that are not there.
     """
 
     def __init__(
@@ -115,10 +122,20 @@ class Distiller:
         log: Path,
         document_start_id: int | None = None,
         loss_is_compiled: bool = False,
+        seed: int = 0,
+        weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         deepspeed = join_ranks(log)
         self.teacher, self.document_start_id = teacher, document_start_id
-        self.module = DistillationModel(student, loss, chunk_tokens, loss_is_compiled)
+        pairs: list[tuple[int, int]] = []
+        if teacher is not None and loss.hidden_weight:
+            pairs = block_pairs(loss.hidden_blocks, len(blocks_of(student)), len(blocks_of(teacher.model)))
+        self._teacher_blocks = [other for _, other in pairs]
+        width = 0 if teacher is None else teacher.head_weight.shape[1]
+        self.module = DistillationModel(
+            student, loss, chunk_tokens, loss_is_compiled, width, [own for own, _ in pairs], seed
+        )
+        self.module.take_along(weights or {})
         self.is_intact = True
         self._micro_batches, self._is_in_head = micro_batches, False
         self._gathers = ds_config.get("zero_optimization", {}).get("stage") == 3
@@ -182,15 +199,15 @@ class Distiller:
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums = torch.zeros(2, device=self.device)
+        sums = torch.zeros(3, device=self.device)
         floor_error = None if self._loss_scale is None else self._loss_scale.floor_error()
         rows = iter(batches)
         for micro in range(1, self._micro_batches + 1):
-            loss_sum, kd_sum, ce_sum = self._losses(rows)
+            loss_sum, *parts = self._losses(rows)
             # DeepSpeed averages over the ranks; the accumulation is summed, so that every target weighs the same.
             mean_loss = carried_by_gradient(loss_sum, self.world_size / num_targets)
             self.engine.backward(mean_loss, scale_wrt_gas=False)
-            sums += torch.stack([kd_sum.detach(), ce_sum.detach()]).float()
+            sums += torch.stack([part.detach() for part in parts]).float()
             if micro == self._micro_batches:
                 self._own_norm = self._total_grad_norm()
                 self.is_intact = False
@@ -202,7 +219,7 @@ class Distiller:
         return result
 
     def _losses(self, rows: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """Sums over the targets of the next micro-batch, of loss, kd and ce; on every rank, or on none.
+        """Sums over the targets of the next micro-batch, of loss, kd, ce and hidden; on every rank, or on none.
 
         The peak of memory is in here: the fused loss has its gradients when the forward pass ends. And of the backward
         pass, in which ranks wait for each other, nothing has begun.
@@ -259,7 +276,7 @@ class Distiller:
         def forward() -> torch.Tensor:
             ids = input_ids.to(self.device)
             _, model_inputs = self._documents(ids)
-            _, _, ce_sum = self._forward((ids, labels.to(self.device)), model_inputs)
+            _, _, ce_sum, _ = self._forward((ids, labels.to(self.device)), model_inputs)
             return ce_sum
 
         # ZeRO-3 remembers the order in which parameters are asked for, of training and evaluation each.
@@ -285,8 +302,8 @@ class Distiller:
         documents, model_inputs = self._documents(input_ids)
         if teacher is None:
             return (input_ids, labels), model_inputs
-        hidden = teacher.hidden_states(input_ids, documents)
-        return (input_ids, labels, hidden, teacher.head_weight, teacher.head_bias), model_inputs
+        hidden, states = teacher.states(input_ids, self._teacher_blocks, documents)
+        return (input_ids, labels, hidden, teacher.head_weight, teacher.head_bias, states), model_inputs
 
     def _grad_norm(self) -> torch.Tensor | float:
         """Norm of the gradients of all ranks, from before the optimizer moves on."""
@@ -303,20 +320,21 @@ class Distiller:
         return torch.nn.utils.get_total_norm(gradients)
 
     def _result(self, sums: torch.Tensor, num_targets: int, flags: Sequence[bool]) -> StepResult:
-        values = torch.zeros(3 + len(flags), device=self.device)
-        values[:2] = sums
-        for place, flag in enumerate(flags, 3):
+        values = torch.zeros(4 + len(flags), device=self.device)
+        values[:3] = sums
+        for place, flag in enumerate(flags, 4):
             # A number is an argument of a kernel; a tensor made from it would be a transfer that waits.
             values[place] = float(flag)
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
-        values[2] = self._grad_norm()
-        kd_sum, ce_sum, grad_norm, *flagged = values.tolist()
+        values[3] = self._grad_norm()
+        kd_sum, ce_sum, hidden_sum, grad_norm, *flagged = values.tolist()
         # DeepSpeed counts a step as applied in which `guard` kept its optimizer from moving.
         is_applied = bool(self.engine.was_step_applied()) and math.isfinite(grad_norm)
         return StepResult(
             kd_sum / num_targets,
             ce_sum / num_targets,
+            hidden_sum / num_targets,
             grad_norm,
             is_applied,
             is_applied or self.half,
@@ -351,7 +369,7 @@ class Distiller:
         return self._state.gather()
 
     def restore(self, tensors: dict[str, dict[str, torch.Tensor]], steps: int, loss_scaler: dict[str, Any]) -> None:
-        """Put back what `gather` and `loss_scaler` gave; the student was built with the saved weights.
+        """Put back what `gather` and `loss_scaler` gave; the student and what is trained along have the saved weights.
 
         Args:
             tensors: as from `gather`.

@@ -55,7 +55,9 @@ class EngineState:
         return {**groups, "rng": rng}
 
     def restore(self, tensors: dict[str, dict[str, torch.Tensor]], steps: int) -> None:
-        """Put back what `gather` gave; the student was built with the saved weights.
+        """Put back what `gather` gave; the engine's module was built with the saved weights.
+
+        What was not there when that was gathered keeps the state of a beginning.
 
         Args:
             tensors: as from `gather`.
@@ -71,6 +73,8 @@ class EngineState:
                 state["step"] = steps
         self._for_8_bit_moments(moments.expose)
         for name, parameter in self._engine.module.named_parameters():
+            if name not in tensors["weights"]:
+                continue
             values = [tensors[group][name].to(device) for group in ("weights", "exp_avg", "exp_avg_sq")]
             states = self._own(parameter)
             if states is None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from daramgpt.blocks import matching_blocks
 from daramgpt.initialisation.attention_fit import fit_attention
 from daramgpt.initialisation.mlp_fit import fit_mlp
 from daramgpt.initialisation.teacher_states import BlockStates, centred, walk
@@ -76,7 +77,7 @@ def _frequencies(input_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 def _groups(num_old: int, num_new: int) -> list[int]:
     """Blocks of the teacher that each block of the student stands for, as even as they come."""
-    ends = [round(number * num_old / num_new) for number in range(num_new + 1)]
+    ends = [0, *matching_blocks(num_new, num_old)]
     return [end - begin for begin, end in pairwise(ends)]
 
 

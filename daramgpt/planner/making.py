@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from daramgpt import ds_config as ds_configs
+from daramgpt.blocks import block_pairs
 from daramgpt.errors import UserError
 from daramgpt.planner import speed
 from daramgpt.planner.memory import Memory, needed_memory
@@ -58,7 +59,11 @@ class TrainingSetup:
 
 def first_step(recipe: Recipe, setup: TrainingSetup, teacher_precision: str) -> Step:
     """A rank's share of the recipe's batch in forward passes of the recipe's rows, or of one row where it leaves them
-    open."""
+    open.
+
+    Raises:
+        UserError: the loss compares hidden states of blocks that are not there.
+    """
     rows = recipe.engine.micro_batch_rows or 1
     # Every rank and every micro-batch gets whole rows, so the batch is rounded up to a multiple of them.
     multiple = setup.world_size * rows
@@ -78,8 +83,15 @@ def first_step(recipe: Recipe, setup: TrainingSetup, teacher_precision: str) -> 
         device=setup.device,
         is_by_document=recipe.curriculum.attention == "document",
         recomputes=recipe.engine.activation_checkpointing,
+        compared_blocks=_compared_blocks(recipe, setup.teacher),
     )
     return in_passes(step, rows, recipe.engine.loss_chunk_tokens)
+
+
+def _compared_blocks(recipe: Recipe, teacher: ModelShape | None) -> tuple[int, ...]:
+    if teacher is None or not recipe.loss.hidden_weight:
+        return ()
+    return tuple(other for _, other in block_pairs(recipe.loss.hidden_blocks, recipe.student.n_layer, teacher.n_layer))
 
 
 def in_passes(step: Step, rows: int, chunk_tokens: int | None = None) -> Step:
@@ -135,7 +147,8 @@ def make_plan(
         rates: gives those of the device for the step that is planned; without it no speed is predicted.
 
     Raises:
-        UserError: a row, or the micro-batch that the recipe asks for, does not fit the memory.
+        UserError: a row, or the micro-batch that the recipe asks for, does not fit the memory; or the loss compares
+            hidden states of blocks that are not there.
     """
     chunk_tokens, context_tokens = recipe.engine.loss_chunk_tokens, setup.context_tokens
     step = first_step(recipe, setup, teacher_precision)

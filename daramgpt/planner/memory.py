@@ -57,17 +57,20 @@ def needed_memory(step: Step) -> Memory:
     hidden_bytes, teacher_bytes = 0.0, 0.0
     if step.teacher is not None:
         device["teacher weights"] = _teacher_weights(step)
-        hidden_bytes = step.tokens * step.teacher.n_embd * step.width_bytes
-        teacher_bytes = _teacher_forward(step)
+        # The last block's states are the hidden states, which the loss has anyway.
+        num_states = 1 + sum(number < step.teacher.n_layer for number in step.compared_blocks)
+        hidden_bytes = num_states * step.tokens * step.teacher.n_embd * step.width_bytes
+        teacher_bytes = _teacher_forward(step) + (num_states - 1) * hidden_bytes / num_states
     device["loss buffers"] = _loss_buffers(step)
     head_gradient = step.student.head_parameters * step.width_bytes
     hidden_gradient = step.tokens * step.student.n_embd * step.width_bytes
     # The head's gradient waits for the embedding's, for both are one parameter.
-    of_loss = activations + hidden_bytes + hidden_gradient + head_gradient
+    of_loss = activations + hidden_bytes + hidden_gradient + head_gradient + _hidden_state_gradients(step)
     of_backward = (
         activations
         + step.tokens * BLOCK_BACKWARD * step.student.n_embd * step.width_bytes
         + step.student.head_parameters * step.width_bytes
+        + _hidden_state_gradients(step)
         + _bucket_bytes(step)
     )
     if step.recomputes:
@@ -92,7 +95,7 @@ def needed_memory(step: Step) -> Memory:
 
 def _states(step: Step) -> tuple[dict[str, float], dict[str, float]]:
     """What outlives a step, of the device and of the host, as DeepSpeed 0.19 holds it."""
-    parameters, width, stage = step.student.parameters, step.width_bytes, step.zero_stage
+    parameters, width, stage = step.trained_parameters, step.width_bytes, step.zero_stage
     shard = parameters / step.world_size if stage else parameters
     moments = 2 * (1 + 4 / 256) if step.optimizer_kind == "adamw-8bit" else 8
     device: dict[str, float] = {"student weights": parameters * width, "gradients": 0.0, "optimizer": 0.0}
@@ -125,7 +128,7 @@ def _bucket_bytes(step: Step) -> float:
     if not step.zero_stage:
         return 0.0
     zero = step.ds_config["zero_optimization"]
-    numbers = min(float(zero.get("reduce_bucket_size", 5e8)), step.student.parameters)
+    numbers = min(float(zero.get("reduce_bucket_size", 5e8)), step.trained_parameters)
     # What is reduced while the next one fills; a rank that is alone has nothing to reduce.
     has_second = zero.get("overlap_comm") and step.device == "cuda" and step.world_size > 1
     return numbers * step.width_bytes * (2 if has_second else 1)
@@ -158,6 +161,13 @@ def _teacher_forward(step: Step) -> float:
     if step.teacher_precision not in QUANTISED:
         width = int(PRECISION_BYTES[step.teacher_precision])
     return step.tokens * step.teacher.n_embd * (TEACHER_BLOCK * width + 4)
+
+
+def _hidden_state_gradients(step: Step) -> float:
+    """Of the states that are compared and of their projections, which are there when the forward pass ends."""
+    states = len(step.compared_blocks) * step.tokens * step.student.n_embd * step.width_bytes
+    # Low-precision gradients of weights are summed in fp32.
+    return states + step.projection_parameters * (step.width_bytes + (4 if step.width_bytes < 4 else 0))
 
 
 def _loss_buffers(step: Step) -> float:

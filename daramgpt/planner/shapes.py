@@ -79,6 +79,7 @@ class Step:
         device: ``"cpu"`` or ``"cuda"``.
         is_by_document: with a mask of documents.
         recomputes: the student's blocks keep no activations.
+        compared_blocks: of the teacher, from 1, that hidden states of the student are compared with.
     """
 
     student: ModelShape
@@ -95,6 +96,18 @@ class Step:
     device: str = "cpu"
     is_by_document: bool = False
     recomputes: bool = False
+    compared_blocks: tuple[int, ...] = ()
+
+    @property
+    def projection_parameters(self) -> int:
+        """Of the maps from the student's width to the teacher's, which are trained along."""
+        if self.teacher is None:
+            return 0
+        return len(self.compared_blocks) * (self.student.n_embd + 1) * self.teacher.n_embd
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.student.parameters + self.projection_parameters
 
     @property
     def tokens(self) -> int:

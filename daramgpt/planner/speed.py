@@ -18,6 +18,8 @@ TEACHER_KERNELS, STUDENT_KERNELS = 25, 90
 # side 4.
 FORWARD_PASSES, BACKWARD_PASSES = 6, 25
 
+# Bytes that the loss of hidden states moves a number of a projected state: twelve passes in fp32, counted.
+HIDDEN_STATE_BYTES = 48
 # A parameter's gradient, from one pass to the optimizer's own: counted in a profile of DeepSpeed's ZeRO-2.
 GRADIENT_PASSES = 5
 
@@ -42,7 +44,7 @@ def _timed(step: Step, timings: Timings) -> dict[str, float]:
         "student blocks": scale * step.student.n_layer * timings.student_block_seconds,
         "student embedding": scale * timings.student_ends_seconds,
         "loss": scale * timings.loss_seconds + timings.loss_backward_seconds,
-        "gradients": step.student.parameters * timings.gradient_seconds,
+        "gradients": step.trained_parameters * timings.gradient_seconds,
     }
     if step.teacher is not None:
         parts["teacher blocks"] = scale * step.teacher.n_layer * timings.teacher_block_seconds
@@ -91,6 +93,12 @@ def _by_data_sheet(step: Step, rates: Rates) -> dict[str, float]:
             + own * FORWARD_PASSES * stream / rates.bytes_per_second
             + teacher.n_layer * TEACHER_KERNELS * DISPATCH_SECONDS
         )
+        if step.compared_blocks:
+            states = tokens * teacher.n_embd * len(step.compared_blocks)
+            parts["hidden-state loss"] = (
+                6 * states * student.n_embd / rates.product_flops_per_second
+                + states * HIDDEN_STATE_BYTES / rates.bytes_per_second
+            )
         if step.teacher_precision in QUANTISED:
             parts["teacher dequantisation"] = teacher.block_matrices * rates.dequantised_seconds
     return parts
@@ -99,7 +107,7 @@ def _by_data_sheet(step: Step, rates: Rates) -> dict[str, float]:
 def _gradient_bytes(step: Step) -> float:
     """What a forward and backward pass moves for gradients beside making them."""
     # Copied to a bucket, out of it, widened, and added to those of the passes before: five passes in all.
-    moved = step.student.parameters * GRADIENT_PASSES * (step.width_bytes + 4.0)
+    moved = step.trained_parameters * GRADIENT_PASSES * (step.width_bytes + 4.0)
     if step.width_bytes < 4:
         # Each chunk's product is added to an fp32 sum, which is cast at the end.
         chunks = -(-step.tokens // step.chunk_tokens)
@@ -109,6 +117,6 @@ def _gradient_bytes(step: Step) -> float:
 
 def _optimizer_seconds(step: Step, rates: Rates | Timings) -> float:
     """AdamW on this rank's share, its norm and clipping 12 bytes, and new weights for the model."""
-    shard = step.student.parameters / (step.world_size if step.zero_stage else 1)
+    shard = step.trained_parameters / (step.world_size if step.zero_stage else 1)
     moved = shard * (12.0 + 4 + 2 * step.width_bytes)
     return shard * rates.optimizer_seconds + moved / rates.bytes_per_second

@@ -53,7 +53,7 @@ class Timings:
         tokens: of the forward pass that was timed; seconds of models and of the loss are of so many.
         student_block_seconds, student_ends_seconds: forward and backward, of a block and of embedding and final norm.
         teacher_block_seconds, teacher_ends_seconds: forward; 0 without a teacher.
-        loss_seconds: of the fused loss, both heads and gradients included.
+        loss_seconds: of the fused loss, both heads and gradients included, and of that of hidden states.
         loss_backward_seconds: of a forward pass, whatever its tokens: its gradients scaled and cast.
         gradient_seconds: a parameter's gradient taken over by the engine, after each backward pass.
         optimizer_seconds: a parameter of AdamW in fp32.
@@ -263,7 +263,8 @@ def _loss_seconds(timed: _Pass, step: Step, loss: Loss, is_compiled: bool) -> tu
     import torch
     from torch import nn
 
-    from daramgpt.losses import DistillationHead, Objective
+    from daramgpt.engine import objective_of
+    from daramgpt.losses import DistillationHead, HiddenStateLoss
     from daramgpt.teacher import DTYPES
 
     kind, vocab_size = DTYPES[timed.dtype], step.student.vocab_size
@@ -278,7 +279,7 @@ def _loss_seconds(timed: _Pass, step: Step, loss: Loss, is_compiled: bool) -> tu
 
     head = DistillationHead(
         nn.Parameter(random(vocab_size, step.student.n_embd)),
-        objective=Objective(**loss.model_dump()),
+        objective=objective_of(loss),
         chunk_tokens=step.chunk_tokens,
         is_compiled=is_compiled,
     )
@@ -289,13 +290,25 @@ def _loss_seconds(timed: _Pass, step: Step, loss: Loss, is_compiled: bool) -> tu
         wide = DTYPES.get(step.teacher_precision, kind)
         teacher_hidden, teacher_head = (random(rows, step.teacher.n_embd, wide) for rows in (num_tokens, vocab_size))
 
+    compared = None
+    if step.teacher is not None and step.compared_blocks:
+        compared = HiddenStateLoss(
+            step.student.n_embd, step.teacher.n_embd, len(step.compared_blocks), 0, step.chunk_tokens
+        ).to(timed.device, kind)
+
     def forward(most_tokens: int = num_tokens) -> torch.Tensor:
         shown = teacher_hidden if teacher_hidden is None else teacher_hidden[:most_tokens]
-        return head(hidden[:most_tokens], labels[:most_tokens], shown, teacher_head)[0]
+        loss_sum = head(hidden[:most_tokens], labels[:most_tokens], shown, teacher_head)[0]
+        if compared is None or shown is None:
+            return loss_sum
+        states = ([side[:most_tokens]] * len(step.compared_blocks) for side in (hidden, shown))
+        return loss_sum + compared(*states, labels[:most_tokens])
 
     def backward(result: torch.Tensor) -> None:
         result.backward()
         head.weight.grad = hidden.grad = None
+        if compared is not None:
+            compared.zero_grad()
 
     backward(forward(num_tokens if is_compiled else step.chunk_tokens))
     seconds, backward_seconds = typical_seconds(timed.device, forward, backward)

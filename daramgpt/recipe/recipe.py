@@ -49,6 +49,13 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _student_has_the_blocks_of_its_loss(self) -> Recipe:
+        for own, _ in self.loss.hidden_blocks or ():
+            if own > self.student.n_layer:
+                raise ValueError(f"loss.hidden_blocks names block {own} of a student of {self.student.n_layer}")
+        return self
+
     def reads_files(self) -> bool:
         """Whether any corpus is read from the folder; data sets are not."""
         return any(stage.corpus not in self.corpus.datasets for stage in self.curriculum.stages)

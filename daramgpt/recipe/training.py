@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from daramgpt.recipe.tasks import FineTuning
 from daramgpt.recipe.values import MOST, MOST_BATCH_TOKENS, MOST_HOURS, PathText, Section
 
 
 class Loss(Section):
-    """kd_weight · T² · divergence of teacher and student at temperature T + ce_weight · cross-entropy, nats a token."""
+    """Of a token: kd_weight · T² · divergence of teacher and student at temperature T + ce_weight · cross-entropy, in
+    nats, + hidden_weight · (1 - cosine of their hidden states)."""
 
     temperature: float = Field(2.0, gt=0)
     kd_weight: float = Field(1.0, ge=0)
@@ -24,6 +25,33 @@ class Loss(Section):
         0.5, gt=0, lt=1, description="jsd: β of β · KL(p ‖ m) + (1 − β) · KL(q ‖ m), m = βp + (1 − β)q"
     )
     skew_alpha: float = Field(0.1, gt=0, lt=1, description="skew-kl: α of KL(p ‖ αp + (1 − α)q)")
+    hidden_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the hidden-state loss: 1 - cosine between what a block of the teacher hands on and the "
+        "student's own, carried to the teacher's width by a learned projection; the mean over hidden_blocks; 0 = off",
+    )
+    hidden_blocks: tuple[tuple[int, int], ...] | None = Field(
+        None,
+        min_length=1,
+        description="pairs of a block of the student and the teacher's that it learns from, counted from 1, such as "
+        "[[2, 12], [4, 24]]; none = all of the student's, evenly over the teacher's",
+    )
+
+    @field_validator("hidden_blocks")
+    @classmethod
+    def _each_block_once(cls, value: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        if value is None:
+            return None
+        if any(not 1 <= number <= MOST for pair in value for number in pair):
+            raise ValueError("blocks are counted from 1")
+        if len({own for own, _ in value}) < len(value):
+            raise ValueError("a block of the student stands there twice")
+        return value
+
+    def total(self, kd: float, ce: float, hidden: float) -> float:
+        """What is minimised, of its parts, each a mean over tokens."""
+        return self.kd_weight * kd + self.ce_weight * ce + self.hidden_weight * hidden
 
     @property
     def formula(self) -> str:
@@ -35,9 +63,12 @@ class Loss(Section):
             "jsd": f"JSD(teacher, student; β = {self.jsd_beta:g})",
             "skew-kl": f"KL(teacher ‖ {share:g} · teacher + {1 - share:g} · student)",
         }[self.divergence]
-        return (
+        parts = (
             f"{self.kd_weight:g} · T² · {divergence} at T = {self.temperature:g}, + {self.ce_weight:g} · cross-entropy"
         )
+        if self.hidden_weight:
+            parts += f" + {self.hidden_weight:g} · (1 - cosine of hidden states)"
+        return parts
 
 
 class Optimizer(Section):

@@ -10,6 +10,7 @@ little more than the quantised model itself: 0.36 of the fp32 checkpoint at 24 x
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from daramgpt import malloc
+from daramgpt.blocks import blocks_of
 from daramgpt.errors import UserError
 from daramgpt.teacher.activations import fuse_gelu
 from daramgpt.teacher.half_accumulation import check as check_half_accumulation
@@ -33,6 +35,7 @@ from daramgpt.teacher.quantised import (
     refit,
     weight_bytes,
 )
+from daramgpt.teacher.residual import is_norm
 from daramgpt.vector_math import choose_kernels
 
 if TYPE_CHECKING:
@@ -93,6 +96,38 @@ class Teacher:
         return self.model.base_model(input_ids, use_cache=False, **inputs).last_hidden_state
 
     @torch.no_grad()
+    def states(
+        self, input_ids: torch.Tensor, blocks: Sequence[int], documents: Documents | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """What `hidden_states` gives, and what several blocks hand on.
+
+        Args:
+            input_ids, documents: as of `hidden_states`.
+            blocks: numbers, from 1. A block's states are taken where the next one reads them, behind its first norm,
+                which takes channels that carry little for what they are; those of the last are the hidden states.
+
+        Returns:
+            [B, T, D] hidden states, and [B, T, D] of each of the blocks.
+        """
+        stack = blocks_of(self.model)
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(number: int, states: torch.Tensor) -> None:
+            kept[number] = states
+
+        handles = [
+            _first_norm(stack[number]).register_forward_hook(lambda module, inputs, output, n=number: keep(n, output))
+            for number in blocks
+            if number < len(stack)
+        ]
+        try:
+            hidden = self.hidden_states(input_ids, documents)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hidden, [kept.get(number, hidden) for number in blocks]
+
+    @torch.no_grad()
     def check_finite(self) -> None:
         """Run a few tokens from all over the vocabulary and look at hidden states and logits.
 
@@ -129,6 +164,11 @@ class Teacher:
                 f'curriculum.attention: "document" is not possible with a teacher that sees {window} tokens back',
                 f'use "causal", or curriculum.context_tokens of at most {window}',
             )
+
+
+def _first_norm(block: torch.nn.Module) -> torch.nn.Module:
+    """Of a block: what its attention reads goes through it."""
+    return next(module for module in block.children() if is_norm(module))
 
 
 def resolve(model: str, revision: str | None = None, only_config: bool = False) -> Path:

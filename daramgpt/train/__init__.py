@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from daramgpt import checkpoint, compiling, ds_config, student
-from daramgpt.engine import Distiller, LossScaleFloorError
+from daramgpt.engine import PROJECTIONS, Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger
 from daramgpt.progress import Console
@@ -191,13 +191,16 @@ def build_distiller(
         weights: what the student begins with, by transformers' names; None = random ones.
 
     Raises:
-        UserError: DeepSpeed refuses its config, the teacher cannot be shown documents one by one.
+        UserError: DeepSpeed refuses its config, the teacher cannot be shown documents one by one, or has no such blocks
+            as the loss compares.
     """
     model = student.build(
         recipe.student, plan["student"]["vocab_size"], shards.context_tokens, shards.eos_token_id, recipe.seed
     )
     if weights is not None:
-        found = model.load_state_dict(weights, strict=False)
+        # What is trained along is none of the student's.
+        own = {name: value for name, value in weights.items() if not name.startswith(PROJECTIONS)}
+        found = model.load_state_dict(own, strict=False)
         # The head is the embedding, under another name.
         assert set(found.missing_keys) <= {"lm_head.weight"} and not found.unexpected_keys, found
     if recipe.engine.compile == "all":
@@ -221,4 +224,6 @@ def build_distiller(
         run.log,
         document_start_id,
         recipe.engine.compile != "none",
+        recipe.seed,
+        weights,
     )

@@ -149,7 +149,7 @@ class Loop:
         num_targets = self.feed.num_targets(step)
         result = distiller.step(rows.batches(step), num_targets, rate, self._ends_and_saves)
         is_end, is_due = result.flags
-        loss = self.training.recipe.loss.kd_weight * result.kd + self.training.recipe.loss.ce_weight * result.ce
+        loss = self.training.recipe.loss.total(result.kd, result.ce, result.hidden)
         if not result.is_finite:
             # The weights are those of the step before.
             if step > self._saved_step:
@@ -172,6 +172,7 @@ class Loop:
             "loss": loss,
             "kd": result.kd,
             "ce": result.ce,
+            **({"hidden": result.hidden} if result.hidden else {}),
             "lr": rate,
             "grad_norm": result.grad_norm,
             "loss_scale": distiller.loss_scale(),
