@@ -1,8 +1,8 @@
 """The sides of the loss measurement: one way to the loss and its gradients, in a process of its own.
 
-All sides compute the same on the same random inputs: T² · KL(teacher ‖ student) at T = 2 and a tenth of the
-cross-entropy, divided by the tokens, forward and backward. A side first computes a few tokens of a small vocabulary,
-so that libraries and their kernels are there before memory is looked at.
+All sides but those of other objectives compute the same on the same random inputs: T² · KL(teacher ‖ student) at T = 2
+and a tenth of the cross-entropy, divided by the tokens, forward and backward. A side first computes a few tokens of a
+small vocabulary, so that libraries and their kernels are there before memory is looked at.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from benchmarks.machine import SIDE_ENVIRONMENT, PeakMemory
 from daramgpt import hardware
-from daramgpt.losses import DistillationHead, Objective, distillation_loss_reference
+from daramgpt.losses import DistillationHead, HiddenStateLoss, Objective, distillation_loss_reference
+from daramgpt.losses.objective import Divergence
 
 OBJECTIVE = Objective()
-STUDENT_WIDTH, TEACHER_WIDTH = 768, 1920
+STUDENT_WIDTH, TEACHER_WIDTH, STUDENT_BLOCKS = 768, 1920, 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCTS = "products"
 # What a form with whole logits holds of them at its peak, in fp32 numbers a logit; measured 10 to 14.
@@ -105,13 +106,30 @@ def _plain(inputs: Inputs, case: Case) -> Callable[[], Tensor]:
     return loss
 
 
-def _fused(inputs: Inputs, case: Case, is_compiled: bool = False) -> Callable[[], Tensor]:
+def _fused(
+    inputs: Inputs, case: Case, is_compiled: bool = False, divergence: Divergence = OBJECTIVE.divergence
+) -> Callable[[], Tensor]:
+    objective = replace(OBJECTIVE, divergence=divergence)
     head = DistillationHead(
-        inputs.student_weight, objective=OBJECTIVE, chunk_tokens=case.chunk_tokens, is_compiled=is_compiled
+        inputs.student_weight, objective=objective, chunk_tokens=case.chunk_tokens, is_compiled=is_compiled
     )
     return lambda: (
         head(inputs.student_hidden, inputs.labels, inputs.teacher_hidden, inputs.teacher_weight)[0] / case.tokens
     )
+
+
+def _fused_and_hidden_states(inputs: Inputs, case: Case) -> Callable[[], Tensor]:
+    """The states of all blocks are those of the last one here: their values take no time."""
+    head = _fused(inputs, case)
+    compared = HiddenStateLoss(STUDENT_WIDTH, TEACHER_WIDTH, STUDENT_BLOCKS, 0, case.chunk_tokens)
+    compared.to(inputs.labels.device, DTYPES[case.dtype])
+
+    def loss() -> Tensor:
+        compared.zero_grad()
+        states = ([side] * STUDENT_BLOCKS for side in (inputs.student_hidden, inputs.teacher_hidden))
+        return head() + compared(*states, inputs.labels) / case.tokens
+
+    return loss
 
 
 def _trl_gkd(inputs: Inputs, case: Case) -> Callable[[], Tensor]:
@@ -174,6 +192,10 @@ BUILDERS: dict[str, Callable[[Inputs, Case], Callable[[], Tensor]]] = {
     "plain": _plain,
     "fused": _fused,
     "fused-compiled": functools.partial(_fused, is_compiled=True),
+    "fused-reverse-kl": functools.partial(_fused, divergence="reverse-kl"),
+    "fused-jsd": functools.partial(_fused, divergence="jsd"),
+    "fused-skew-kl": functools.partial(_fused, divergence="skew-kl"),
+    "fused-hidden": _fused_and_hidden_states,
     "trl-gkd": _trl_gkd,
     "liger-jsd": _liger_jsd,
 }

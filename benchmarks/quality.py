@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SETTINGS: dict[str, list[str]] = {
     "random": ['student.init="random"', "evaluation.baseline=true"],
     "pruned": ['student.init="pruned"'],
     "projected": ['student.init="projected"'],
+    "hidden": ['student.init="projected"', "loss.hidden_weight=1.0"],
 }
 BASELINE = "without teacher"
 REFERENCE = "reference loop"
@@ -84,8 +86,7 @@ class Comparison:
         self._arguments, self._work = arguments, Path(arguments.work)
         self._work.mkdir(parents=True, exist_ok=True)
         self._recipe = self._work / "quality.toml"
-        shape = tuple(int(number) for number in arguments.student.split("/"))
-        assert len(shape) == 3
+        shape = parse_shape(arguments.student)
         self._recipe.write_text(make_recipe(arguments.teacher, arguments.corpus, shape), encoding="utf-8")
 
     def __call__(self) -> Row:
@@ -147,14 +148,7 @@ class Comparison:
 
     def _prepare(self, name: str, settings: list[str], seed: int) -> Path:
         """A run directory with shards and a plan."""
-        run = self._work / name
-        options = [option for setting in (*settings, f"seed={seed}") for option in ("--set", setting)]
-        for step in ("prepare", "plan"):
-            if (run / ("plan.json" if step == "plan" else "shards/index.json")).is_file():
-                continue
-            line = [sys.executable, "-m", "daramgpt", step, str(self._recipe), "--run", str(run), *options]
-            _checked(line)
-        return run
+        return prepared(self._recipe, self._work / name, [*settings, f"seed={seed}"], ("prepare", "plan"))
 
     def _teacher(self) -> float:
         """Bits per byte of the teacher, at full precision."""
@@ -169,6 +163,35 @@ class Comparison:
         found = measure(loaded, yardstick, [ALL], sys.maxsize).bits_per_byte[ALL]
         assert found is not None
         return found
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Of ``"n_embd/n_head/n_layer"``.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        width, heads, blocks = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise UserError(f"--student {text} is no shape", "write it as n_embd/n_head/n_layer, such as 128/4/2") from None
+    return width, heads, blocks
+
+
+def prepared(recipe: Path, run: Path, settings: list[str], steps: Sequence[str]) -> Path:
+    """A run directory, after those of the commands `prepare` and `plan` that it has not seen yet.
+
+    Args:
+        recipe: file.
+        run: the directory.
+        settings: of the recipe, ``key=value``.
+        steps: names of the commands.
+    """
+    options = [option for setting in settings for option in ("--set", setting)]
+    for step in steps:
+        if not (run / ("plan.json" if step == "plan" else "shards/index.json")).is_file():
+            _checked([sys.executable, "-m", "daramgpt", step, str(recipe), "--run", str(run), *options])
+    return run
 
 
 def _run(job: Job, path: Path) -> str:

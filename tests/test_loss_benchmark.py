@@ -57,7 +57,9 @@ def test_rows_are_those_of_a_plain_computation(tmp_path: Path, capsys: pytest.Ca
     result = json.loads(file.read_text())
     assert result["hardware"] and "torch" in result["versions"]
     rows = {(row["name"], row["dtype"]): row for row in result["rows"]}
-    assert set(rows) == {(name, dtype) for name in ("products", "plain", "fused") for dtype in ("fp32", "bf16")}
+    others = ("fused-reverse-kl", "fused-jsd", "fused-skew-kl", "fused-hidden")
+    names = ("products", "plain", "fused", *others)
+    assert set(rows) == {(name, dtype) for name in names for dtype in ("fp32", "bf16")}
     inputs = Inputs.random(case("plain"), torch.device("cpu"))
     kd, ce = distillation_loss_reference(
         inputs.student_hidden @ inputs.student_weight.T,
@@ -69,6 +71,8 @@ def test_rows_are_those_of_a_plain_computation(tmp_path: Path, capsys: pytest.Ca
     assert rows["plain", "fp32"]["loss"] == pytest.approx(expected, rel=1e-6)
     assert rows["fused", "fp32"]["loss"] == pytest.approx(expected, rel=1e-5)
     assert rows["fused", "bf16"]["loss"] == pytest.approx(expected, rel=2e-2)
+    assert all(rows[name, "fp32"]["loss"] != pytest.approx(expected, rel=1e-3) for name in others)
+    assert 0 < rows["fused-hidden", "fp32"]["loss"] - expected < 2
     fused = rows["fused", "fp32"]
     assert (fused["seconds"], fused["tokens_per_second"], fused["floor_share"]) == (4.0, TOKENS / 4, 0.5)
     assert rows["products", "fp32"]["loss"] is None and rows["products", "fp32"]["peak_memory_bytes"] is None

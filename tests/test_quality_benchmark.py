@@ -85,41 +85,32 @@ def test_the_yardstick_is_all_of_the_text_and_weighs_its_bytes(tmp_path: Path) -
     assert found == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
-def call(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "benchmarks.quality", "--corpus", str(tmp_path / "texts" / "corpora")]
+def call(tmp_path: Path, module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", f"benchmarks.{module}", "--corpus", str(tmp_path / "texts" / "corpora")]
     line += ["--teacher", str(tmp_path / "teacher"), "--heldout", str(tmp_path / "heldout"), *options]
     root = str(Path(__file__).parents[1])
     environment = {**without_rank(os.environ), "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
 
 
-def test_a_tiny_pair_is_compared_and_what_is_there_is_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_texts(tmp_path / "texts")
-    write_yardstick(tmp_path / "heldout")
+def make_pair(folder: Path) -> None:
+    """Corpora, a text that is none of them, and a tiny teacher."""
+    make_texts(folder / "texts")
+    write_yardstick(folder / "heldout")
     model = student.build(Shape(n_embd=32, n_head=2, n_layer=2), 300, 32, 0, seed=1)
-    model.save_pretrained(tmp_path / "teacher")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "texts" / "tokenizer")
-    tokenizer.save_pretrained(tmp_path / "teacher")
+    model.save_pretrained(folder / "teacher")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "texts" / "tokenizer")
+    tokenizer.save_pretrained(folder / "teacher")
     for name in ("unpublished", "wiki", "written"):
-        (tmp_path / "texts" / "corpora" / name).symlink_to(tmp_path / "texts" / "corpora" / "web")
-    common = [
-        "--student",
-        "16/2/1",
-        "--seeds",
-        "1",
-        "--settings",
-        "random",
-        "--scale",
-        "0.0003",
-        "--reference-scale",
-        "0.0003",
-        "--minutes",
-        "0.01",
-    ]
-    common += ["--rates", "1e-3,1e-2", "--set", "optimizer.batch_tokens=128", "--json", str(tmp_path / "found.json")]
-    ended = call(tmp_path, *common)
+        (folder / "texts" / "corpora" / name).symlink_to(folder / "texts" / "corpora" / "web")
+
+
+def test_a_tiny_pair_is_compared_what_is_there_is_not_made_again_and_a_sweep_trains_the_same(tmp_path: Path) -> None:
+    make_pair(tmp_path)
+    of_both = ["--student", "16/2/1", "--scale", "0.0003", "--json", str(tmp_path / "found.json")]
+    common = [*of_both, "--seeds", "1", "--settings", "random", "--reference-scale", "0.0003", "--minutes", "0.01"]
+    common += ["--rates", "1e-3,1e-2", "--set", "optimizer.batch_tokens=128"]
+    ended = call(tmp_path, "quality", *common)
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     names = [line["name"] for line in found["rows"]]
@@ -130,10 +121,33 @@ def test_a_tiny_pair_is_compared_and_what_is_there_is_not_made_again(
     ours, without = found["rows"][-2:]
     assert ours["tokens"] == without["tokens"] and ours["bits_per_byte"] != without["bits_per_byte"]
     assert "of the gap to the teacher closed" in ended.stdout
-    again = call(tmp_path, *common)
+    again = call(tmp_path, "quality", *common)
     assert again.returncode == 0 and json.loads((tmp_path / "found.json").read_text())["rows"] == found["rows"]
+
+    variants = ["same optimizer.batch_tokens=128", "muon optimizer.batch_tokens=256 optimizer=muon"]
+    variants += ["projected student.init=projected student.calibration_tokens=1024 loss.hidden_weight=2"]
+    swept = call(tmp_path, "sweep", *of_both, *(word for one in variants for word in ("--variant", one)))
+    assert swept.returncode == 0, swept.stderr[-2000:]
+    result = json.loads((tmp_path / "found.json").read_text())
+    same, muon, projected = result["rows"]
+    assert result["teacher_bits_per_byte"] == pytest.approx(found["teacher_bits_per_byte"], rel=1e-6)
+    # The command itself has trained that one.
+    assert (same["tokens"], same["bits_per_byte"]) == (ours["tokens"], pytest.approx(ours["bits_per_byte"], rel=1e-4))
+    assert len({one["bits_per_byte"] for one in result["rows"]}) == 3
+    first = [one["curve"][0]["bits_per_byte"] for one in (same, muon, projected)]
+    assert first[0] == first[1] != first[2]
+    assert "optimizer=muon" in swept.stdout
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [("optimizer.batch_tokens=128", "has no name"), ("one optimizer.batch=128", 'unknown key "optimizer.batch"')],
+)
+def test_a_variant_that_cannot_be_is_refused_in_one_line(variant: str, said: str, tmp_path: Path) -> None:
+    ended = call(tmp_path, "sweep", "--variant", variant)
+    assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
-    ended = call(tmp_path, "--settings", "best")
+    ended = call(tmp_path, "quality", "--settings", "best")
     assert ended.returncode == 2 and "there is no best" in ended.stderr and "Traceback" not in ended.stderr

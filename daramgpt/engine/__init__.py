@@ -50,6 +50,7 @@ __all__ = [
     "LossScaleFloorError",
     "StepOutOfMemoryError",
     "StepResult",
+    "client_optimizer",
     "import_deepspeed",
     "is_out_of_memory",
     "join_ranks",
