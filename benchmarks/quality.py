@@ -15,21 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import command, machine
+from benchmarks.quality_runs import POINTS, Row, checked, format_gaps, gap_closed, make_recipe, parse_shape, prepared
 from benchmarks.quality_sides import Job
 from daramgpt.errors import UserError
 from daramgpt.ledger import entries
 
-Row = dict[str, Any]
 Curve = list[dict[str, float]]
 # Each trained beside nothing else, from the same shards; their own keys of the recipe.
 SETTINGS: dict[str, list[str]] = {
@@ -40,39 +35,7 @@ SETTINGS: dict[str, list[str]] = {
 }
 BASELINE = "without teacher"
 REFERENCE = "reference loop"
-POINTS, TRIAL_SHARE = 12, 0.2
-# Megabytes and units of the recipe's stages, in their order; `--scale` 1 is all that a sample of 60 MB gives.
-STAGES = (
-    ("web-1", "web", 2, "sentence"),
-    ("unpublished", "unpublished", 1, "sentence"),
-    ("web-2", "web", 10, "sentence"),
-    ("wiki", "wiki", 5, "sentence"),
-    ("written", "written", 10, "paragraph"),
-)
-
-
-def make_recipe(teacher: Path, corpus: Path, shape: tuple[int, int, int]) -> str:
-    """The reference run's five stages, in what a sample of the corpora has of them."""
-    stages = "\n".join(
-        f'[[curriculum.stages]]\nname = "{name}"\ncorpus = "{corpus_name}"\ntake = "{megabytes}MB"\nunit = "{unit}"\n'
-        for name, corpus_name, megabytes, unit in STAGES
-    )
-    width, heads, blocks = shape
-    return f"""[corpus]
-dir = {json.dumps(str(corpus.resolve()))}
-[curriculum]
-context_tokens = 1024
-{stages}
-[teacher]
-model = {json.dumps(str(teacher.resolve()))}
-[student]
-n_embd = {width}
-n_head = {heads}
-n_layer = {blocks}
-[evaluation]
-points = {POINTS}
-point_tokens = {2**40}
-"""
+TRIAL_SHARE = 0.2
 
 
 class Comparison:
@@ -101,7 +64,7 @@ class Comparison:
             "rows": rows,
             "teacher_bits_per_byte": teacher,
             **conclusions(rows),
-            "gap_closed": gap_closed(rows, teacher),
+            "gap_closed": gap_closed(rows, teacher, BASELINE, SETTINGS),
         }
 
     def _reference(self) -> list[Row]:
@@ -165,51 +128,9 @@ class Comparison:
         return found
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Of ``"n_embd/n_head/n_layer"``.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        width, heads, blocks = (int(number) for number in text.split("/"))
-    except ValueError:
-        raise UserError(f"--student {text} is no shape", "write it as n_embd/n_head/n_layer, such as 128/4/2") from None
-    return width, heads, blocks
-
-
-def prepared(recipe: Path, run: Path, settings: list[str], steps: Sequence[str]) -> Path:
-    """A run directory, after those of the commands `prepare` and `plan` that it has not seen yet.
-
-    Args:
-        recipe: file.
-        run: the directory.
-        settings: of the recipe, ``key=value``.
-        steps: names of the commands.
-    """
-    options = [option for setting in settings for option in ("--set", setting)]
-    for step in steps:
-        if not (run / ("plan.json" if step == "plan" else "shards/index.json")).is_file():
-            _checked([sys.executable, "-m", "daramgpt", step, str(recipe), "--run", str(run), *options])
-    return run
-
-
 def _run(job: Job, path: Path) -> str:
     job.write(path)
-    return _checked([sys.executable, "-m", "benchmarks.quality_sides", str(path)])
-
-
-def _checked(line: list[str]) -> str:
-    """What a command prints.
-
-    Raises:
-        UserError: it did not end well; its last line is told.
-    """
-    ended = subprocess.run(line, env={**os.environ, **machine.SIDE_ENVIRONMENT}, capture_output=True, text=True)
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"{' '.join(line[1:5])}: {last}", "mend that and run the same command again")
-    return ended.stdout
+    return checked([sys.executable, "-m", "benchmarks.quality_sides", str(path)])
 
 
 def _own_curve(metrics: Path) -> Curve:
@@ -261,19 +182,6 @@ def _worst(reached: list[float | None], whole: list[float]) -> float | None:
     return None if None in shares else max(share for share in shares if share is not None)
 
 
-def gap_closed(rows: list[Row], teacher: float) -> dict[str, list[float]]:
-    """By setting, of each seed: the part of the way from the student without a teacher to the teacher."""
-    without = {row["seed"]: row["bits_per_byte"] for row in rows if row["name"] == BASELINE}
-    return {
-        name: [
-            (without[row["seed"]] - row["bits_per_byte"]) / (without[row["seed"]] - teacher)
-            for row in rows
-            if row["name"] == name and row["seed"] in without
-        ]
-        for name in SETTINGS
-    }
-
-
 def format_result(result: Row) -> str:
     """A line a row, and the conclusions."""
     lines = [
@@ -295,12 +203,7 @@ def format_result(result: Row) -> str:
     ]
     if result["tokens_share"] is not None:
         parts.append(f"projected: random's last figure in {result['tokens_share']:.3f} of its tokens")
-    parts += [
-        f"{name}: {statistics.fmean(shares):.1%} of the gap to the teacher closed "
-        f"({min(shares):.1%} to {max(shares):.1%})"
-        for name, shares in result["gap_closed"].items()
-        if shares
-    ]
+    parts += format_gaps(result["gap_closed"])
     return "\n".join(parts)
 
 

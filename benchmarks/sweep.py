@@ -1,7 +1,8 @@
 """What settings make of the same tokens: several students of one teacher, trained side by side on the same rows.
 
     python -m benchmarks.sweep --teacher DIR --corpus DIR --heldout DIR --variant "NAME key=value ..." [--variant ...]
-                               [--scale S] [--student W/H/B] [--points N] [--threads N] [--work DIR] [--json FILE]
+                               [--seeds N] [--baseline NAME] [--scale S] [--student W/H/B] [--points N] [--threads N]
+                               [--work DIR] [--json FILE]
 
 A variant is the recipe `daramgpt` with other values of its keys, of which those of the loss, the optimizer, the
 schedule and the student's beginning are looked at. The teacher, by far the dearest, computes each row once for all of
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command, machine
-from benchmarks.quality import make_recipe, parse_shape, prepared
+from benchmarks.quality_runs import format_gaps, gap_closed, make_recipe, parse_shape, prepared
 from daramgpt.errors import UserError
 
 MICRO_ROWS = 4
@@ -62,13 +63,13 @@ class Trainee:
     def __init__(self, variant: Variant, recipe: Any, shards: Any, weights: Any, teacher: Any) -> None:
         import torch
 
-        from daramgpt import student
+        from daramgpt import initialisation, student
         from daramgpt.blocks import block_pairs, blocks_of
         from daramgpt.engine import DistillationModel, client_optimizer
         from daramgpt.shards import Feed
         from daramgpt.train import Horizon
 
-        self.name, self._settings = variant.name, recipe
+        self.variant, self._settings = variant, recipe
         self.model = student.build(
             recipe.student, shards.vocab_size, shards.context_tokens, shards.eos_token_id, recipe.seed
         )
@@ -82,6 +83,9 @@ class Trainee:
         self._module = DistillationModel(
             self.model, recipe.loss, MICRO_ROWS * shards.context_tokens, False, width, [own for own, _ in pairs]
         )
+        if weights is not None and pairs:
+            rows = initialisation.calibration_rows(shards, recipe.student.calibration_tokens, recipe.seed)
+            self._module.take_along(initialisation.fit_projections(teacher, self.model, rows, pairs, lambda: None))
         self._optimizers: list[Any] = [client_optimizer(self._module, recipe.optimizer, is_offloaded=False)]
         if variant.is_muon:
             self._optimizers = self._with_muon(torch, recipe.optimizer)
@@ -89,6 +93,25 @@ class Trainee:
         self._feed = Feed(shards, batch_rows, MICRO_ROWS, 0, 1, 1, recipe.seed)
         self._horizon, self._steps, self._micro = Horizon(self._feed.num_steps), 0, 0
         self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def label(self) -> str:
+        """Variant and seed."""
+        return f"{self.variant.name} {self._settings.seed}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Of the result."""
+        variant = self.variant
+        return {
+            "name": variant.name,
+            "seed": self._settings.seed,
+            "settings": list(variant.overrides),
+            "muon": variant.is_muon,
+            **self.curve[-1],
+            "curve": self.curve,
+        }
 
     def _with_muon(self, torch: Any, settings: Any) -> list[Any]:
         matrices = [value for name, value in self._module.named_parameters() if ".h." in name and value.dim() == 2]
@@ -159,29 +182,34 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     file = work / "sweep.toml"
     file.write_text(make_recipe(arguments.teacher, arguments.corpus, parse_shape(arguments.student)), encoding="utf-8")
     variants = [Variant.read(text) for text in arguments.variant]
-    settings = {one.name: recipes.load(str(file), list(one.overrides)) for one in variants}
+    if arguments.baseline is not None and arguments.baseline not in {variant.name for variant in variants}:
+        raise UserError(f"--baseline: there is no variant {arguments.baseline}", "give the name of one")
+    # A wrong key shows before anything is prepared.
+    settings = {variant.name: recipes.load(str(file), list(variant.overrides)) for variant in variants}
     run = prepared(file, work / f"scale-{arguments.scale:g}", [f"curriculum.scale={arguments.scale}"], ("prepare",))
     shards = Shards(run / "shards")
     yardstick = read(arguments.heldout, shards.tokenizer_dir, shards.eos_token_id, shards.context_tokens)
     frozen = teacher.load(arguments.teacher, "fp32")
     weights = _Beginnings(frozen, shards)
-    trainees = [Trainee(one, settings[one.name], shards, weights(settings[one.name]), frozen) for one in variants]
+    trainees: list[Trainee] = []
+    for seed in range(arguments.seeds):
+        for variant in variants:
+            seeded = settings[variant.name].model_copy(update={"seed": seed})
+            trainees.append(Trainee(variant, seeded, shards, weights(seeded), frozen))
     blocks = sorted({number for one in trainees for number in one.blocks})
     feed = Feed(shards, MICRO_ROWS, MICRO_ROWS, 0, 1, 1, 0)
-    models = {one.name: CausalModel(one.model) for one in trainees}
-    curves: dict[str, list[dict[str, float]]] = {one.name: [] for one in trainees}
+    models = {one.label: CausalModel(one.model) for one in trainees}
     tokens, teacher_seconds = 0, 0.0
 
     def point() -> None:
         found = compare(models, yardstick, [ALL], sys.maxsize, None, None)
         for one in trainees:
-            seconds = teacher_seconds + one.seconds
-            value = found[one.name].bits_per_byte[ALL]
+            value = found[one.label].bits_per_byte[ALL]
             assert value is not None
-            curves[one.name].append({"seconds": seconds, "tokens": tokens, "bits_per_byte": value})
-        command.progress(
-            f"{tokens:,} tokens: " + ", ".join(f"{n} {c[-1]['bits_per_byte']:.4f}" for n, c in curves.items())
-        )
+            seconds = teacher_seconds + one.seconds
+            one.curve.append({"seconds": seconds, "tokens": tokens, "bits_per_byte": value})
+        figures = ", ".join(f"{one.label} {one.curve[-1]['bits_per_byte']:.4f}" for one in trainees)
+        command.progress(f"{tokens:,} tokens: {figures}")
 
     point()
     for step in range(feed.num_steps):
@@ -197,20 +225,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 one.finish()
         if (step + 1) * arguments.points // feed.num_steps > step * arguments.points // feed.num_steps:
             point()
-    known = compare({"teacher": frozen}, yardstick, [ALL], sys.maxsize, None, None)
-    return {
-        "teacher_bits_per_byte": known["teacher"].bits_per_byte[ALL],
-        "rows": [
-            {
-                "name": one.name,
-                "settings": list(one.overrides),
-                "muon": one.is_muon,
-                **curves[one.name][-1],
-                "curve": curves[one.name],
-            }
-            for one in variants
-        ],
-    }
+    known = compare({"teacher": frozen}, yardstick, [ALL], sys.maxsize, None, None)["teacher"].bits_per_byte[ALL]
+    assert known is not None
+    rows = [one.row for one in trainees]
+    names = [variant.name for variant in variants if variant.name != arguments.baseline]
+    closed = {} if arguments.baseline is None else gap_closed(rows, known, arguments.baseline, names)
+    return {"teacher_bits_per_byte": known, "rows": rows, "baseline": arguments.baseline, "gap_closed": closed}
 
 
 class _Beginnings:
@@ -231,7 +251,7 @@ class _Beginnings:
 
         if recipe.student.init == "random":
             return None
-        key = recipe.student.model_dump_json()
+        key = f"{recipe.seed} {recipe.student.model_dump_json()}"
         if key not in self._found:
             shards = self._shards
             model = student.build(
@@ -249,6 +269,7 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [
         (
             row["name"],
+            str(row["seed"]),
             " ".join(row["settings"]) + (f" {MUON}" if row["muon"] else ""),
             f"{row['seconds']:,.0f}",
             f"{row['tokens'] / 1e6:,.2f} M",
@@ -257,8 +278,9 @@ def format_result(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    table = machine.format_table(("", "settings", "seconds", "tokens", "at first", "bits/byte"), lines)
-    return f"{table}\nteacher {result['teacher_bits_per_byte']:.4f} bits per byte"
+    table = machine.format_table(("", "seed", "settings", "seconds", "tokens", "at first", "bits/byte"), lines)
+    parts = [table, f"teacher {result['teacher_bits_per_byte']:.4f} bits per byte", *format_gaps(result["gap_closed"])]
+    return "\n".join(parts)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -267,6 +289,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of the four corpora")
     parser.add_argument("--heldout", type=Path, required=True, help="folder of .txt files that neither has seen")
     parser.add_argument("--variant", action="append", required=True, metavar='"NAME KEY=VALUE ..."')
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0, each variant is trained with")
+    parser.add_argument("--baseline", metavar="NAME", help="variant from which the gap to the teacher is counted")
     parser.add_argument("--student", default="128/4/2", help="n_embd/n_head/n_layer")
     parser.add_argument("--scale", type=float, default=0.05, help="of the curriculum")
     parser.add_argument("--points", type=int, default=6, help="times that the students are measured")

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from daramgpt import checkpoint, recipe, student
 from daramgpt.blocks import block_pairs, blocks_of, matching_blocks
-from daramgpt.engine import PROJECTIONS, Distiller
+from daramgpt.engine import PROJECTIONS, DistillationModel, Distiller
 from daramgpt.errors import UserError
 from daramgpt.export import restore_student
+from daramgpt.initialisation import fit_projections
 from daramgpt.losses import HiddenStateLoss, distillation_loss_reference
 from daramgpt.planner import read_plan
 from daramgpt.recipe import Loss, Shape
@@ -237,6 +238,37 @@ def test_a_run_may_take_the_loss_up_or_leave_it_on_the_way(config: str, teacher:
         result = distiller.step(batches(2), num_targets(2), OPTIMIZER.learning_rate)
         assert result.applied and (result.hidden > 0) is (then is PAIRED)
         distiller.close()
+
+
+def test_fitted_projections_begin_nearer_than_random_ones(teacher: Teacher) -> None:
+    model = make_student()
+    pairs = [(1, 1), (2, 1)]
+    rows = torch.cat([batch for step in range(4) for batch, _ in batches(step)])
+    found = fit_projections(teacher, model, rows, pairs, lambda: None)
+    module = DistillationModel(model, PAIRED, 64, False, 24, [1, 2])
+    hidden, states_of_teacher = teacher.states(rows, [1, 1])
+
+    def loss() -> float:
+        with torch.no_grad():
+            labels = torch.zeros_like(rows)
+            given = (hidden, teacher.head_weight, None, states_of_teacher)
+            return module(rows, labels, *given)[3].item() / rows.numel()
+
+    before = loss()
+    module.take_along(found)
+    assert before > 0.9 and loss() < 0.5
+    with torch.no_grad():
+        own = model.transformer(rows, output_hidden_states=True).hidden_states[1].flatten(0, 1)
+        wanted = states_of_teacher[0].flatten(0, 1)
+        weights = 1 / wanted.square().mean(1)
+        design = torch.cat([own, torch.ones(len(own), 1)], 1)
+        best = torch.linalg.lstsq(design * weights.sqrt()[:, None], wanted * weights.sqrt()[:, None]).solution
+        first = module.hidden_states.projections[0]  # type: ignore[union-attr, index]
+        errors = [
+            float((weights[:, None] * (predicted - wanted).square()).sum())
+            for predicted in (F.linear(own, first.weight, first.bias), design @ best)  # type: ignore[union-attr, arg-type]
+        ]
+    assert errors[0] < 1.02 * errors[1]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from daramgpt import initialisation, ledger, student
 from daramgpt.commands import initial_weights
 from daramgpt.doctor import needs
 from daramgpt.doctor.finding import Check
+from daramgpt.engine import PROJECTIONS
 from daramgpt.errors import UserError
 from daramgpt.initialisation import pruning
 from daramgpt.initialisation.layers import evenly
@@ -391,6 +392,19 @@ def test_a_run_begins_with_them_once_and_their_time_counts(begun: Run) -> None:
     assert "initial weights" in begun("status")
     assert "before any training" not in begun("train", *ONE_STEP)
     assert reasons(begun) == [MADE, STEPPED, STEPPED]
+
+
+def test_projections_of_hidden_states_begin_fitted(begun: Run) -> None:
+    text = begun.directory.recipe.read_text(encoding="utf-8")
+    assert "hidden_weight = 0.0" in text
+    begun.directory.recipe.write_text(text.replace("hidden_weight = 0.0", "hidden_weight = 2.0"), encoding="utf-8")
+    begun("train", *ONE_STEP)
+    names = load(begun.directory.initial_weights.read_bytes()).keys()
+    assert [name for name in names if name.startswith(PROJECTIONS)]
+    [first, *_] = ledger.entries(begun.directory.metrics)
+    # Two directions at random have a cosine of 0.
+    assert 0 < first["hidden"] < 0.6
+    assert not any(name.startswith(PROJECTIONS) for name in begun.weights())
 
 
 def test_damaged_weights_are_made_again(begun: Run) -> None:

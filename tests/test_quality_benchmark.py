@@ -16,7 +16,7 @@ from tiny_training import make_texts
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import quality, quality_yardstick
+from benchmarks import quality, quality_runs, quality_yardstick
 from daramgpt import student
 from daramgpt.engine import without_rank
 from daramgpt.evaluation.held_out import CausalModel, measure
@@ -44,7 +44,7 @@ def test_shares_are_those_of_the_worst_seed_at_the_first_point_that_is_no_worse(
     found = quality.conclusions(rows)
     assert found["seconds_share"] == {"random": 0.01, "projected": 0.008}
     assert found["tokens_share"] == 0.4
-    closed = quality.gap_closed(rows, teacher=1.0)
+    closed = quality_runs.gap_closed(rows, 1.0, quality.BASELINE, quality.SETTINGS)
     assert closed["random"] == pytest.approx([0.5 / 1.5, 0.5 / 1.25]) and closed["pruned"] == []
     assert closed["projected"] == pytest.approx([1.0 / 1.5, 0.55 / 1.25])
 
@@ -126,7 +126,9 @@ def test_a_tiny_pair_is_compared_what_is_there_is_not_made_again_and_a_sweep_tra
 
     variants = ["same optimizer.batch_tokens=128", "muon optimizer.batch_tokens=256 optimizer=muon"]
     variants += ["projected student.init=projected student.calibration_tokens=1024 loss.hidden_weight=2"]
-    swept = call(tmp_path, "sweep", *of_both, *(word for one in variants for word in ("--variant", one)))
+    swept = call(
+        tmp_path, "sweep", *of_both, "--baseline", "muon", *(word for one in variants for word in ("--variant", one))
+    )
     assert swept.returncode == 0, swept.stderr[-2000:]
     result = json.loads((tmp_path / "found.json").read_text())
     same, muon, projected = result["rows"]
@@ -136,7 +138,9 @@ def test_a_tiny_pair_is_compared_what_is_there_is_not_made_again_and_a_sweep_tra
     assert len({one["bits_per_byte"] for one in result["rows"]}) == 3
     first = [one["curve"][0]["bits_per_byte"] for one in (same, muon, projected)]
     assert first[0] == first[1] != first[2]
-    assert "optimizer=muon" in swept.stdout
+    assert "optimizer=muon" in swept.stdout and "projected: " in swept.stdout
+    way = muon["bits_per_byte"] - result["teacher_bits_per_byte"]
+    assert result["gap_closed"]["same"] == [pytest.approx((muon["bits_per_byte"] - same["bits_per_byte"]) / way)]
 
 
 @pytest.mark.parametrize(

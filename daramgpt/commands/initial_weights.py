@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daramgpt.blocks import block_pairs, blocks_of
 from daramgpt.commands.parts import open_shards, teacher_dir
 from daramgpt.errors import UserError
 from daramgpt.ledger import Ledger
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from daramgpt.shards import Shards
+    from daramgpt.teacher import Teacher
     from daramgpt.train import StopRequest
 
 SESSION = "initial weights"
@@ -73,6 +75,8 @@ def ensure(
     # Where the model lies says nothing about it.
     facts = [part.student.model_dump(exclude={"init_model"}), part.seed]
     facts += [teacher.fingerprint(teacher_dir(part, run)), open_shards(run).sha256]
+    if part.loss.hidden_weight:
+        facts.append(["hidden states", part.loss.hidden_blocks])
     if part.student.init == "layers":
         try:
             facts.append(teacher.fingerprint(initialisation.find(part.student)))
@@ -185,11 +189,12 @@ def _make(
     model: Any = student.build(part.student, config.vocab_size, shards.context_tokens, shards.eos_token_id, part.seed)
     model.to(_device()).eval()
     at_random = _bits_per_byte(model, shards, session.tick)
-    begin(model)
-    if not all(bool(value.isfinite().all()) for value in model.parameters()):
+    trained_along = begin(model)
+    if not all(bool(value.isfinite().all()) for value in (*model.parameters(), *trained_along.values())):
         raise UserError(f'student.init = "{init}" gives values that are not finite', 'set student.init = "random"')
     bits_per_byte = _bits_per_byte(model, shards, session.tick)
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights |= trained_along
     write_atomically(part_run.initial_weights, save(weights, {_MADE_FROM: made_from, _SHA256: _sha256(weights)}))
     if at_random is not None and bits_per_byte is not None:
         console(
@@ -206,8 +211,8 @@ def _make(
 
 def _source(
     part: Recipe, run: RunDirectory, shards: Shards, tick: Callable[[], None], console: Console
-) -> tuple[Any, Callable[[Any], None]]:
-    """The teacher's configuration, and what gives a student its weights."""
+) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
+    """The teacher's configuration, and what gives a student its weights and returns those that are trained along."""
     from daramgpt import initialisation, teacher
 
     folder, init = teacher_dir(part, run), part.student.init
@@ -215,6 +220,15 @@ def _source(
 
     def say(line: str) -> None:
         console(f"  {line}")
+
+    def load_teacher() -> Teacher:
+        loaded = teacher.load(folder, "fp32", device=_device(), cache_dir=run.teacher_weights)
+        tick()
+        return loaded
+
+    def fit_projections(frozen: Teacher, student: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        pairs = block_pairs(part.loss.hidden_blocks, part.student.n_layer, len(blocks_of(frozen.model)))
+        return initialisation.fit_projections(frozen, student, rows, pairs, tick)
 
     if init == "layers":
         other = initialisation.find(part.student)
@@ -228,18 +242,27 @@ def _source(
             raise initialisation.of_init_model(error) from None
         tick()
 
-        def take(student: Any) -> None:
+        def take(student: Any) -> dict[str, torch.Tensor]:
             numbers = initialisation.take_layers(model, student)
             say(f"blocks {', '.join(str(number + 1) for number in numbers)} of {len(model.transformer.h)}")
+            if not part.loss.hidden_weight:
+                return {}
+            rows = initialisation.calibration_rows(shards, part.student.calibration_tokens, part.seed)
+            return fit_projections(load_teacher(), student, rows.to(_device()))
 
         return config, take
     initialisation.check(config, part.student)
     rows = initialisation.calibration_rows(shards, part.student.calibration_tokens, part.seed)
     console(f"student: to begin {_said(part.student)}, by {rows.numel():,} tokens of the curriculum")
-    loaded: Any = teacher.load(folder, "fp32", device=_device(), cache_dir=run.teacher_weights).model
-    tick()
+    frozen = load_teacher()
     make = initialisation.project if init == "projected" else initialisation.prune
-    return config, lambda student: make(loaded, student, rows.to(_device()), say, tick)
+
+    def fit(student: Any) -> dict[str, torch.Tensor]:
+        given: Any = frozen.model
+        make(given, student, rows.to(_device()), say, tick)
+        return fit_projections(frozen, student, rows.to(_device())) if part.loss.hidden_weight else {}
+
+    return config, fit
 
 
 def _said(student: Student) -> str:

@@ -1,7 +1,8 @@
 """The weights that a student begins with, where they are not random.
 
 `projection` makes the nearest thing to its teacher that its shape can be, `pruning` a part of the teacher that is
-chosen by importance, `layers` takes blocks of another model of its width. `checks` says by configurations alone whether
+chosen by importance, `layers` takes blocks of another model of its width. `hidden_states` fits what a loss of hidden
+states compares them by. `checks` says by configurations alone whether
 a recipe can have that.
 """
 
@@ -17,6 +18,7 @@ from daramgpt.initialisation.checks import (
     of_init_model,
     read_config,
 )
+from daramgpt.initialisation.hidden_states import fit_projections
 from daramgpt.initialisation.layers import take_layers
 from daramgpt.initialisation.projection import project
 from daramgpt.initialisation.pruning import prune
@@ -29,6 +31,7 @@ __all__ = [
     "check_recipe",
     "check_tokenizer",
     "find",
+    "fit_projections",
     "of_init_model",
     "project",
     "prune",
