@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daramgpt.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -18,6 +19,12 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # Not what is listed inside a block.
     return max(stacks, key=len)
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """What a block hands on, of its output, in which some releases of transformers put more."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def matching_blocks(num_student: int, num_teacher: int) -> list[int]:

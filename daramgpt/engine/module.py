@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from daramgpt.blocks import states_of
 from daramgpt.losses import DistillationHead, HiddenStateLoss, Objective
 from daramgpt.recipe import Loss
 
@@ -110,7 +111,7 @@ class DistillationModel(nn.Module):
         found: dict[int, torch.Tensor] = {}
 
         def keep(number: int, output: Any) -> None:
-            found[number] = output[0] if isinstance(output, tuple) else output
+            found[number] = states_of(output)
 
         handles = [
             self.transformer.h[number - 1].register_forward_hook(

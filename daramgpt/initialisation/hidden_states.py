@@ -10,11 +10,11 @@ Legend of shapes: R rows, T tokens a row, N = R · T, D width of the teacher, d 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from daramgpt.blocks import blocks_of
+from daramgpt.blocks import blocks_of, states_of
 from daramgpt.engine import PROJECTIONS
 from daramgpt.initialisation.least_squares import fit
 
@@ -52,7 +52,7 @@ def fit_projections(
         mine: list[torch.Tensor] = []
         theirs: list[torch.Tensor] = []
         block = blocks_of(student)[own - 1]
-        handle = block.register_forward_hook(lambda module, inputs, output, kept=mine: kept.append(_states(output)))
+        handle = block.register_forward_hook(lambda module, inputs, output, kept=mine: kept.append(states_of(output)))
         try:
             for rows in input_ids.split(ROWS_AT_ONCE):
                 tick()
@@ -65,7 +65,3 @@ def fit_projections(
         found[f"{PROJECTIONS}projections.{number}.weight"] = one.weight.T.contiguous().cpu()
         found[f"{PROJECTIONS}projections.{number}.bias"] = one.bias.cpu()
     return found
-
-
-def _states(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from daramgpt.blocks import states_of
+
 ROWS_AT_ONCE = 4
 
 
@@ -59,13 +61,9 @@ def walk(model: Any, input_ids: torch.Tensor, tick: Callable[[], None] = _nothin
                 tick()
                 rows = hidden[first : first + ROWS_AT_ONCE]
                 # In its own place: many rows of a wide teacher are gigabytes.
-                rows.copy_(_output(block(rows)))
+                rows.copy_(states_of(block(rows)))
         finally:
             handle.remove()
         after = centred(hidden).flatten(0, 1)
         yield BlockStates(block, before, torch.cat(middles).flatten(0, 1), after)
         before = after
-
-
-def _output(result: Any) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
