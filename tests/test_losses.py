@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from daramgpt.engine import objective_of
 from daramgpt.losses import (
     DIVERGENCES,
     DistillationHead,
@@ -24,6 +25,7 @@ from daramgpt.losses import (
 from daramgpt.losses import (
     fused as fused_module,
 )
+from daramgpt.losses.divergences import normal_exponential
 from daramgpt.losses.objective import Divergence
 from daramgpt.recipe import Loss
 
@@ -409,7 +411,20 @@ def test_recipe_refuses_what_no_divergence_has(setting: dict[str, float]) -> Non
 
 def test_recipe_and_objective_know_the_same_divergences_and_defaults() -> None:
     for divergence in DIVERGENCES:
-        assert Objective(**Loss(divergence=divergence).model_dump()) == Objective(divergence=divergence)
+        assert objective_of(Loss(divergence=divergence)) == Objective(divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_improbable_tokens_give_no_number_below_the_normal_ones(
+    case: dict[str, Tensor], divergence: Divergence
+) -> None:
+    """MKL takes twenty times as long for an exponential of -95 as for one of -80."""
+    objective = Objective(1.0, 1.0, 0.0, divergence)
+    assert normal_exponential(torch.tensor([-95.0, -1e6])).ge(torch.finfo(torch.float32).tiny).all()
+    far = {**case, "student_hidden": 30 * case["student_hidden"]}
+    logits = far["student_hidden"] @ far["student_weight"].T
+    assert (logits.amax(1) - logits.amin(1)).max() > 95
+    assert_close(fused(far, objective), reference(far, objective), 3e-5)
 
 
 def test_temperature_squared_keeps_the_size_of_the_gradient(case: dict[str, Tensor]) -> None:

@@ -14,6 +14,9 @@ from daramgpt.losses.objective import Objective
 
 # e to this power is finite; where probabilities differ by more, one of them contributes nothing.
 LARGEST_LOG_RATIO = 80.0
+# e to this power is a normal number of fp32. MKL takes twenty times as long for an exponential that is not, and a
+# student that no divergence holds at the teacher's improbable tokens has many.
+LEAST_EXPONENT = -87.0
 
 
 def divergence_and_gradient(student_log: Tensor, teacher_log: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -31,29 +34,34 @@ def divergence_and_gradient(student_log: Tensor, teacher_log: Tensor, objective:
     return _skew_kl(student_log, teacher_log, objective.skew_alpha)
 
 
+def normal_exponential(logarithm: Tensor, out: Tensor | None = None) -> Tensor:
+    """e to the power of what is at most 0; what is less than every normal number of fp32 becomes the least of them."""
+    return torch.clamp(logarithm, min=LEAST_EXPONENT, out=out).exp_()
+
+
 def _reverse_kl(student_log: Tensor, teacher_log: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q ‖ p) [B, 1] and its gradient by s [B, V] for log-probabilities: g = ln(q/p) but for a constant."""
-    student, ratio_log = student_log.exp(), student_log - teacher_log
+    student, ratio_log = normal_exponential(student_log), student_log - teacher_log
     divergence = (student * ratio_log).sum(dim=1, keepdim=True)
     return divergence, ratio_log.sub_(divergence).mul_(student)
 
 
 def _jsd(student_log: Tensor, teacher_log: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The same of β · KL(p ‖ m) + (1 − β) · KL(q ‖ m), m = βp + (1 − β)q: g = (1 − β) · ln(q/m)."""
-    student, ratio_log = student_log.exp(), _clamped(teacher_log - student_log)
+    student, ratio_log = normal_exponential(student_log), _clamped(teacher_log - student_log)
     # ln(m/q) = ln(1 + β(p/q − 1)), and ln(m/p) is that less ln(p/q).
     mixture_log = torch.expm1(ratio_log).mul_(beta).log1p_()
     expected = (student * mixture_log).sum(dim=1, keepdim=True)
-    teacher_part = teacher_log.exp().mul_(ratio_log.sub_(mixture_log)).sum(dim=1, keepdim=True)
+    teacher_part = normal_exponential(teacher_log).mul_(ratio_log.sub_(mixture_log)).sum(dim=1, keepdim=True)
     return beta * teacher_part - (1 - beta) * expected, mixture_log.sub_(expected).mul_(student).mul_(beta - 1)
 
 
 def _skew_kl(student_log: Tensor, teacher_log: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """The same of KL(p ‖ m), m = αp + (1 − α)q: g = −(1 − α) · p/m."""
-    student, ratio_log = student_log.exp(), _clamped(student_log - teacher_log)
+    student, ratio_log = normal_exponential(student_log), _clamped(student_log - teacher_log)
     # ln(m/p) = ln(1 + (1 − α)(q/p − 1)).
     mixture_log = torch.expm1(ratio_log).mul_(1 - alpha).log1p_()
-    divergence = (teacher_log.exp() * mixture_log).sum(dim=1, keepdim=True).neg_()
+    divergence = (normal_exponential(teacher_log) * mixture_log).sum(dim=1, keepdim=True).neg_()
     share = mixture_log.neg_().exp_()
     expected = (student * share).sum(dim=1, keepdim=True)
     return divergence, share.sub_(expected).mul_(student).mul_(alpha - 1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from daramgpt.losses import compiled, row_kernels
-from daramgpt.losses.divergences import divergence_and_gradient
+from daramgpt.losses.divergences import divergence_and_gradient, normal_exponential
 from daramgpt.losses.objective import IGNORED_LABEL, Objective, softmax_dtype
 from daramgpt.losses.rows import Rows
 from daramgpt.losses.workspace import Workspace
@@ -162,11 +162,9 @@ def _forward_kl(
     return part, soft, rows.soft_factor / student_sum
 
 
-def _other_divergence(
-    student: Tensor, teacher: Tensor, exponential: Tensor, rows: Rows, objective: Objective
-) -> Tensor:
-    """Gradient of kd_weight · T² · divergence by the logits z; eˢ goes into `exponential`."""
-    student_sum = torch.exp(student, out=exponential).sum(dim=1, keepdim=True)
+def _other_divergence(student: Tensor, teacher: Tensor, spare: Tensor, rows: Rows, objective: Objective) -> Tensor:
+    """Gradient of kd_weight · T² · divergence by the logits z; eˢ goes into `spare`."""
+    student_sum = normal_exponential(student, out=spare).sum(dim=1, keepdim=True)
     student_log = student - student_sum.log()
     teacher_log = torch.log_softmax(teacher, dim=1)
     divergence, gradient = divergence_and_gradient(student_log, teacher_log, objective)
