@@ -56,6 +56,9 @@ every_minutes = 0.0001
 keep = 2
 [evaluation]
 baseline = false
+# On the way it is measured at the end of each stage: more would take longer than all else.
+points = 1
+point_tokens = 256
 """
 _TRAINED_TEACHER = "[teacher.train]\nn_embd = 32\nn_head = 2\nn_layer = 1\nvocab_size = 600"
 # Weights and moments by name -> sha256 of their file, by step.
