@@ -149,6 +149,14 @@ def test_baseline_adds_its_line(run: RunDirectory) -> None:
     assert text.count("<polyline") == 5 and "without teacher" in text
 
 
+def test_hidden_states_have_a_chart_of_their_own_where_they_are_compared(run: RunDirectory) -> None:
+    assert "Hidden states" not in written(run)
+    lines = [metrics_line(step, "web-1", 3.0) | {"hidden": 1 / step} for step in range(1, 21)]
+    write_atomically(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    page = written(run)
+    assert page.count("Hidden states of student and teacher") >= 1 and "1 - cosine" in page
+
+
 @pytest.mark.parametrize("gone", ["recipe", "plan", "metrics", "ledger", "evaluation"])
 def test_what_a_run_lacks_is_named(run: RunDirectory, gone: str) -> None:
     path: Path = getattr(run, gone)

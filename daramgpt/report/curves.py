@@ -39,6 +39,10 @@ def curves(run: RunDirectory, index: Data) -> str:
         Series("cross-entropy without teacher", [(line["tokens"], line["ce"]) for line in baseline], 3),
     ]
     charts = [line_chart("Loss on the text trained", loss, spans, "tokens trained", "nats a token")]
+    hidden = [(line["tokens"], line["hidden"]) for line in metrics if _can_be_drawn(line.get("hidden"))]
+    if hidden:
+        series = [Series("student", hidden, 1)]
+        charts.append(line_chart("Hidden states of student and teacher", series, spans, "tokens trained", "1 - cosine"))
     bits = [
         Series("student", _bits_per_byte(metrics, index), 1),
         Series("student without teacher", _bits_per_byte(baseline, index), 3),
