@@ -30,6 +30,8 @@ SHAPE = Shape(n_embd=16, n_head=2, n_layer=2)
 # Its larger matrices have more than the 4,096 numbers from which on their moments are kept in 8 bits.
 WIDE = Shape(n_embd=64, n_head=2, n_layer=1)
 LOSS = Loss(temperature=2.0, kd_weight=1.0, ce_weight=0.1)
+# The teacher has one block, for which both of the student's stand.
+COMPARING = Loss(hidden_weight=3.0, hidden_blocks=((1, 1), (2, 1)))
 OPTIMIZER = Optimizer(learning_rate=3e-3, clip_norm=0.5, weight_decay=0.1)
 ANSWER = "LOSSES "
 
@@ -129,20 +131,21 @@ def make_distiller(
     model: Any = None,
     document_start_id: int | None = None,
     kind: str = "adamw",
+    loss: Loss = LOSS,
 ) -> Distiller:
     optimizer, rows = OPTIMIZER.model_copy(update={"kind": kind}), MICRO_ROWS
     micro_batches = MICRO_BATCHES // int(os.environ.get("WORLD_SIZE", "1"))
     return Distiller(
-        model or make_student(), LOSS, optimizer, ds_config, rows, micro_batches, 7, teacher, log, document_start_id
+        model or make_student(), loss, optimizer, ds_config, rows, micro_batches, 7, teacher, log, document_start_id
     )
 
 
-def run_steps(distiller: Distiller, steps: Iterable[int]) -> list[float]:
+def run_steps(distiller: Distiller, steps: Iterable[int], loss: Loss = LOSS) -> list[float]:
     losses = []
     for step in steps:
         rows = batches(step, distiller.rank, distiller.world_size)
         result = distiller.step(rows, num_targets(step), OPTIMIZER.learning_rate)
-        losses.append(LOSS.kd_weight * result.kd + LOSS.ce_weight * result.ce)
+        losses.append(loss.total(result.kd, result.ce, result.hidden))
     return losses
 
 
@@ -163,21 +166,23 @@ class Case:
         kind: of the optimizer.
         is_wide: whether the student has the shape `WIDE`.
         forgets: the optimizer's state is dropped after two steps.
+        compares: hidden states too, as `COMPARING` says.
     """
 
     ds_config: dict[str, Any]
     kind: str = "adamw"
     is_wide: bool = False
     forgets: bool = False
+    compares: bool = False
 
     def losses(self, teacher: Teacher, log: Path) -> list[float]:
-        distiller = make_distiller(
-            self.ds_config, teacher, log, make_student(WIDE if self.is_wide else SHAPE), kind=self.kind
-        )
-        losses = run_steps(distiller, range(2))
+        loss = COMPARING if self.compares else LOSS
+        model = make_student(WIDE if self.is_wide else SHAPE)
+        distiller = make_distiller(self.ds_config, teacher, log, model, kind=self.kind, loss=loss)
+        losses = run_steps(distiller, range(2), loss)
         if self.forgets:
             forget_moments(distiller, 2)
-        losses += run_steps(distiller, range(2, STEPS))
+        losses += run_steps(distiller, range(2, STEPS), loss)
         distiller.close()
         return losses
 

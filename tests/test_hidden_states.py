@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import EOS, OPTIMIZER, SHAPE, STEPS, batches, make_student, make_teacher, num_targets
+from distilling import (
+    COMPARING,
+    EOS,
+    OPTIMIZER,
+    SHAPE,
+    STEPS,
+    Case,
+    batches,
+    losses_on,
+    make_student,
+    make_teacher,
+    num_targets,
+)
 from test_engine import CONFIGS
 from tiny_training import Training, make_texts
 from torch.nn import functional as F
@@ -25,9 +37,6 @@ from daramgpt.recipe import Loss, Shape
 from daramgpt.teacher import Teacher, load
 
 N, D, E, PAIRS = 50, 16, 24, 2
-LOSS = Loss(hidden_weight=3.0)
-# Of a teacher with one block, for which both of the student's stand.
-PAIRED = Loss(hidden_weight=3.0, hidden_blocks=((1, 1), (2, 1)))
 
 
 def states(dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -168,7 +177,7 @@ def plain_losses(teacher: Teacher) -> list[float]:
             handle.remove()
             own = [output.hidden_states[1].flatten(0, 1), last[0].flatten(0, 1)]
             hidden = plain(compared, own, [seen.flatten(0, 1)] * 2, labels.flatten())
-            loss = (kd + 0.1 * ce + LOSS.hidden_weight * hidden) / num_targets(step)
+            loss = (kd + 0.1 * ce + COMPARING.hidden_weight * hidden) / num_targets(step)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_norm)
@@ -177,7 +186,9 @@ def plain_losses(teacher: Teacher) -> list[float]:
     return losses
 
 
-def distiller_for(config: str, teacher: Teacher, folder: Path, weights: Any = None, loss: Loss = PAIRED) -> Distiller:
+def distiller_for(
+    config: str, teacher: Teacher, folder: Path, weights: Any = None, loss: Loss = COMPARING
+) -> Distiller:
     model = make_student()
     if weights is not None:
         own = {name: value for name, value in weights.items() if not name.startswith(PROJECTIONS)}
@@ -188,7 +199,7 @@ def distiller_for(config: str, teacher: Teacher, folder: Path, weights: Any = No
 
 def steps(distiller: Distiller, numbers: range) -> list[float]:
     results = [distiller.step(batches(step), num_targets(step), OPTIMIZER.learning_rate) for step in numbers]
-    return [LOSS.total(one.kd, one.ce, one.hidden) for one in results]
+    return [COMPARING.total(one.kd, one.ce, one.hidden) for one in results]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +222,12 @@ def test_losses_equal_a_plain_loop_under_every_stage(
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def test_two_ranks_train_what_one_does(expected: list[float], tmp_path: Path) -> None:
+    cases = {config: Case(CONFIGS[config], compares=True) for config in ("zero-0", "zero-2-offload", "zero-3")}
+    for config, losses in losses_on(2, cases, tmp_path).items():
+        assert losses == pytest.approx(expected, rel=1e-5), config
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_projections_are_restored_with_their_moments(
     config: str, teacher: Teacher, expected: list[float], tmp_path: Path
@@ -228,7 +245,7 @@ def test_projections_are_restored_with_their_moments(
 
 @pytest.mark.parametrize("config", ["zero-0", "zero-2"])
 def test_a_run_may_take_the_loss_up_or_leave_it_on_the_way(config: str, teacher: Teacher, tmp_path: Path) -> None:
-    for first, then in ((Loss(), PAIRED), (PAIRED, Loss())):
+    for first, then in ((Loss(), COMPARING), (COMPARING, Loss())):
         distiller = distiller_for(config, teacher, tmp_path, loss=first)
         steps(distiller, range(2))
         tensors = distiller.gather()
@@ -236,7 +253,7 @@ def test_a_run_may_take_the_loss_up_or_leave_it_on_the_way(config: str, teacher:
         distiller = distiller_for(config, teacher, tmp_path, tensors["weights"], then)
         distiller.restore(tensors, 2, {})
         result = distiller.step(batches(2), num_targets(2), OPTIMIZER.learning_rate)
-        assert result.applied and (result.hidden > 0) is (then is PAIRED)
+        assert result.applied and (result.hidden > 0) is (then is COMPARING)
         distiller.close()
 
 
@@ -245,7 +262,7 @@ def test_fitted_projections_begin_nearer_than_random_ones(teacher: Teacher) -> N
     pairs = [(1, 1), (2, 1)]
     rows = torch.cat([batch for step in range(4) for batch, _ in batches(step)])
     found = fit_projections(teacher, model, rows, pairs, lambda: None)
-    module = DistillationModel(model, PAIRED, 64, False, 24, [1, 2])
+    module = DistillationModel(model, COMPARING, 64, False, 24, [1, 2])
     hidden, states_of_teacher = teacher.states(rows, [1, 1])
 
     def loss() -> float:
