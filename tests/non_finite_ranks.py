@@ -131,9 +131,9 @@ def caused(fault: str, distiller: Distiller) -> Iterator[None]:
         return hidden
 
     def forward(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
-        loss, kd, ce = forward_before(*arguments, **options)
+        loss, kd, *others = forward_before(*arguments, **options)
         # Its own gradient is finite.
-        return (loss + math.inf, kd + math.inf, ce) if is_due() else (loss, kd, ce)
+        return (loss + math.inf, kd + math.inf, *others) if is_due() else (loss, kd, *others)
 
     def gradient(value: torch.Tensor) -> torch.Tensor:
         bad = value.clone()
