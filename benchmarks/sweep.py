@@ -186,6 +186,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--baseline: there is no variant {arguments.baseline}", "give the name of one")
     # A wrong key shows before anything is prepared.
     settings = {variant.name: recipes.load(str(file), list(variant.overrides)) for variant in variants}
+    if any(one.student.init == "layers" for one in settings.values()):
+        raise UserError("--variant: a sweep knows no student.init=layers", "give random, projected or pruned")
     run = prepared(file, work / f"scale-{arguments.scale:g}", [f"curriculum.scale={arguments.scale}"], ("prepare",))
     shards = Shards(run / "shards")
     yardstick = read(arguments.heldout, shards.tokenizer_dir, shards.eos_token_id, shards.context_tokens)

@@ -145,7 +145,11 @@ def test_a_tiny_pair_is_compared_what_is_there_is_not_made_again_and_a_sweep_tra
 
 @pytest.mark.parametrize(
     ("variant", "said"),
-    [("optimizer.batch_tokens=128", "has no name"), ("one optimizer.batch=128", 'unknown key "optimizer.batch"')],
+    [
+        ("one student.init=layers student.init_model=other", "knows no student.init=layers"),
+        ("optimizer.batch_tokens=128", "has no name"),
+        ("one optimizer.batch=128", 'unknown key "optimizer.batch"'),
+    ],
 )
 def test_a_variant_that_cannot_be_is_refused_in_one_line(variant: str, said: str, tmp_path: Path) -> None:
     ended = call(tmp_path, "sweep", "--variant", variant)
