@@ -36,6 +36,8 @@ SETTINGS: dict[str, list[str]] = {
 BASELINE = "without teacher"
 REFERENCE = "reference loop"
 TRIAL_SHARE = 0.2
+# Times that a trial is measured: its end decides.
+TRIAL_POINTS = 3
 
 
 class Comparison:
@@ -73,17 +75,17 @@ class Comparison:
         seconds = 60 * self._arguments.minutes
         trials = {}
         for rate in (float(text) for text in self._arguments.rates.split(",")):
-            curve = self._curve(run, f"trial-{rate:g}", rate, TRIAL_SHARE * seconds)
+            curve = self._curve(run, f"trial-{rate:g}", rate, TRIAL_SHARE * seconds, TRIAL_POINTS)
             trials[rate] = curve[-1]["bits_per_byte"]
         best = min(trials, key=lambda rate: trials[rate])
         rows = [_row(f"{REFERENCE}, {rate:g}", 0, self._read(run, f"trial-{rate:g}")) for rate in trials]
-        return [*rows, _row(REFERENCE, 0, self._curve(run, "whole", best, seconds))]
+        return [*rows, _row(REFERENCE, 0, self._curve(run, "whole", best, seconds, POINTS))]
 
-    def _curve(self, run: Path, name: str, rate: float, seconds: float) -> Curve:
+    def _curve(self, run: Path, name: str, rate: float, seconds: float, points: int) -> Curve:
         path = run / f"{name}.json"
         if not path.is_file():
             command.progress(f"{REFERENCE}: {name}, {seconds / 60:.0f} minutes at {rate:g}")
-            job = Job("reference", str(run), str(self._arguments.heldout), 0, POINTS, time.monotonic(), rate, seconds)
+            job = Job("reference", str(run), str(self._arguments.heldout), 0, points, time.monotonic(), rate, seconds)
             said = _run(job, run / "job.json")
             curve = json.loads(said.rsplit("CURVE ", 1)[1].splitlines()[0])
             path.write_text(json.dumps(curve), encoding="utf-8")

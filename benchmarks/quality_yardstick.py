@@ -40,8 +40,13 @@ class Yardstick:
         return sum(text_bytes for *_, text_bytes in self.batches)
 
 
-def read(folder: Path, tokenizer_dir: Path, eos_token_id: int, context_tokens: int) -> Yardstick:
+def read(folder: Path, tokenizer_dir: Path, eos_token_id: int, context_tokens: int, every: int = 1) -> Yardstick:
     """The yardstick of a folder.
+
+    Args:
+        folder: of the texts.
+        tokenizer_dir, eos_token_id, context_tokens: as of the shards.
+        every: only every so many-th document of each kind is taken, the first one included.
 
     Raises:
         UserError: it holds no text.
@@ -52,7 +57,7 @@ def read(folder: Path, tokenizer_dir: Path, eos_token_id: int, context_tokens: i
         raise UserError(f"--heldout: {folder} holds no .txt files", "give a folder of texts, one a kind")
     batches = []
     for file in files:
-        documents = [text for text in file.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        documents = [text for text in file.read_text(encoding="utf-8").split("\n\n") if text.strip()][::every]
         ids = [eos_token_id]
         for encoded in tokenizer.encode_batch(documents, add_special_tokens=False):
             ids += [*encoded.ids, eos_token_id]

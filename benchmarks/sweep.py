@@ -1,8 +1,8 @@
 """What settings make of the same tokens: several students of one teacher, trained side by side on the same rows.
 
     python -m benchmarks.sweep --teacher DIR --corpus DIR --heldout DIR --variant "NAME key=value ..." [--variant ...]
-                               [--seeds N] [--baseline NAME] [--scale S] [--student W/H/B] [--points N] [--threads N]
-                               [--work DIR] [--json FILE]
+                               [--seeds N] [--baseline NAME] [--scale S] [--student W/H/B] [--points N]
+                               [--heldout-every N] [--threads N] [--work DIR] [--json FILE]
 
 A variant is the recipe `daramgpt` with other values of its keys, of which those of the loss, the optimizer, the
 schedule and the student's beginning are looked at. The teacher, by far the dearest, computes each row once for all of
@@ -190,7 +190,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--variant: a sweep knows no student.init=layers", "give random, projected or pruned")
     run = prepared(file, work / f"scale-{arguments.scale:g}", [f"curriculum.scale={arguments.scale}"], ("prepare",))
     shards = Shards(run / "shards")
-    yardstick = read(arguments.heldout, shards.tokenizer_dir, shards.eos_token_id, shards.context_tokens)
+    yardstick = read(
+        arguments.heldout,
+        shards.tokenizer_dir,
+        shards.eos_token_id,
+        shards.context_tokens,
+        arguments.heldout_every,
+    )
     frozen = teacher.load(arguments.teacher, "fp32")
     weights = _Beginnings(frozen, shards)
     trainees: list[Trainee] = []
@@ -232,7 +238,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [one.row for one in trainees]
     names = [variant.name for variant in variants if variant.name != arguments.baseline]
     closed = {} if arguments.baseline is None else gap_closed(rows, known, arguments.baseline, names)
-    return {"teacher_bits_per_byte": known, "rows": rows, "baseline": arguments.baseline, "gap_closed": closed}
+    return {
+        "heldout_text_bytes": yardstick.text_bytes,
+        "teacher_bits_per_byte": known,
+        "rows": rows,
+        "baseline": arguments.baseline,
+        "gap_closed": closed,
+    }
 
 
 class _Beginnings:
@@ -296,6 +308,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--student", default="128/4/2", help="n_embd/n_head/n_layer")
     parser.add_argument("--scale", type=float, default=0.05, help="of the curriculum")
     parser.add_argument("--points", type=int, default=6, help="times that the students are measured")
+    parser.add_argument("--heldout-every", type=int, default=1, help="only every so many-th document of each file")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of the shards")
     parser.add_argument("--json", type=Path, help="file for the result")

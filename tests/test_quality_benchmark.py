@@ -83,6 +83,9 @@ def test_the_yardstick_is_all_of_the_text_and_weighs_its_bytes(tmp_path: Path) -
     assert yardstick.text_bytes == num_bytes
     found = measure(CausalModel(model), yardstick, ["all"], 2**40).bits_per_byte["all"]
     assert found == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    # The first document of each kind is left.
+    thinned = quality_yardstick.read(tmp_path / "heldout", tmp_path / "texts" / "tokenizer", 0, 16, every=2)
+    assert thinned.text_bytes == sum(len(documents[0].encode()) for documents in DOCUMENTS.values())
 
 
 def call(tmp_path: Path, module: str, *options: str) -> subprocess.CompletedProcess[str]:
