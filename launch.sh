@@ -108,7 +108,7 @@ if [[ -n $dry_run ]] || ! complete "$installed"; then
         "$python" -m pip --version &>/dev/null || fail "$python has no pip; install it (Debian, Ubuntu: apt install python3-pip)"
     fi
     make+=("$venv")
-    install=("${pip[@]}" install --no-input --constraint "$venv/torch.txt" --editable "$here${extra:+[$extra]}")
+    install=("${pip[@]}" install --no-input --constraint "$venv/torch.txt" --editable "${here}[report${extra:+,$extra}]")
     if [[ -n $wheels ]]; then install+=(--no-index --find-links "$wheels"); fi
 fi
 

@@ -1,4 +1,4 @@
-"""Text from a Hugging Face directory, streamed as it is sampled.
+"""Text of a model, streamed as it is sampled.
 
 A loop of its own instead of ``model.generate``: pieces come as an iterator without a second thread, and a piece is
 never half a syllable. A byte-fallback tokenizer may spend three tokens on one Hangul syllable, and what a token adds
@@ -40,48 +40,45 @@ class Sampling:
     seed: int = 0
 
 
-def generate(
-    model_dir: Path,
-    prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    top_k: int = 0,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Continue a prompt with the model of an exported directory, and nothing else.
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A model that continues texts.
 
-    Yields:
-        Pieces of the continuation; their concatenation is the text after `prompt`.
-
-    Raises:
-        UserError: no model there, or a setting out of range.
+    Attributes:
+        model: a causal language model of transformers, on the device that it is to compute on.
+        tokenizer: its own.
     """
-    if not (model_dir / "config.json").is_file():
-        raise UserError(f"there is no model in {model_dir}", "export one first: python -m daramgpt export RECIPE")
-    for name, is_valid, needed in (
-        ("temperature", temperature >= 0, "0 or more"),
-        ("top-p", 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top-k", top_k >= 0, "0 or more"),
-        ("max-new-tokens", max_new_tokens >= 1, "1 or more"),
-    ):
-        if not is_valid:
-            raise UserError(f"--{name} is out of range", f"give {needed}")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    from daramgpt.vector_math import choose_kernels
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
-    disable_progress_bar()
-    choose_kernels()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_dir}: {str(error).splitlines()[0]}", "export the model again") from None
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    yield from stream(model, tokenizer, prompt, max_new_tokens, Sampling(temperature, top_p, top_k, seed))
+    @classmethod
+    def load(cls, model_dir: Path) -> Writer:
+        """Of an exported directory, and nothing else; on the GPU where there is one.
+
+        Raises:
+            UserError: no model there.
+        """
+        if not (model_dir / "config.json").is_file():
+            raise UserError(f"there is no model in {model_dir}", "export one first: python -m daramgpt export RECIPE")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        from daramgpt.vector_math import choose_kernels
+
+        disable_progress_bar()
+        choose_kernels()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{model_dir}: {str(error).splitlines()[0]}", "export the model again") from None
+        return cls(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    def stream(self, prompt: str, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        """As `stream`."""
+        return stream(self.model, self.tokenizer, prompt, max_new_tokens, sampling)
 
 
 def stream(

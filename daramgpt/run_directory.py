@@ -88,6 +88,11 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def pictures(self) -> Path:
+        """The report's curves as PNG files."""
+        return self.path / "pictures"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 

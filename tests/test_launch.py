@@ -213,7 +213,7 @@ def test_installs_once_and_runs_every_step_with_the_same_options(checkout: Check
     done = checkout.launch("daramgpt", *common, "--hours", "3", "--num-gpus", "2", "--hostfile", "h")
     assert done.returncode == 0, done.stderr
     [pip] = checkout.calls("pip")
-    assert f"--editable {checkout.path}" in pip and "[dev]" not in pip
+    assert pip.endswith(f"--editable {checkout.path}[report]")
     assert (checkout.path / ".venv" / "torch.txt").read_text() == "torch==2.13.0\n"
     assert "--system-site-packages" not in checkout.calls("venv")[0]
     options = " ".join(common)
@@ -368,7 +368,7 @@ def _runs(pid: int) -> bool:
 def test_test_installs_the_dev_extra_and_passes_arguments_and_code_on(checkout: Checkout) -> None:
     done = checkout.launch("test", "-k", "some thing", PYTEST_CODE="5")
     assert done.returncode == 5, done.stderr
-    assert checkout.calls("pip")[0].endswith("[dev]")
+    assert checkout.calls("pip")[0].endswith("[report,dev]")
     assert checkout.calls("pytest") == [f"pytest in {checkout.path}: -m pytest -n auto --maxprocesses 4 -k some thing"]
     checkout.forget()
     assert checkout.launch("test").returncode == 0

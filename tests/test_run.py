@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,31 @@ def test_a_run_ends_with_all_that_it_promises(prepared: Run) -> None:
     assert [stage["name"] for stage in status["stages"]] == ["web-1", "unpublished", "web-2", "wiki", "written"]
     assert all(stage["trained_fraction"] == 1 for stage in status["stages"])
     assert "오늘" in run("generate", "--prompt", "오늘", "--tokens", "4")
+
+
+def test_each_typed_line_is_gone_on_with_beside_the_teacher(prepared: Run) -> None:
+    prepared("export")
+    line = [sys.executable, "-m", "daramgpt", *prepared.arguments("generate", "--tokens", "4", "--compare")]
+    piped = subprocess.run(line, input="오늘\n내일\n", capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert piped.returncode == 0, piped.stderr
+    said = piped.stdout.splitlines()
+    assert [text.split(": ")[0] for text in said] == ["student", "teacher"] * 2
+    assert all(word in text for word, text in zip(["오늘", "오늘", "내일", "내일"], said, strict=True))
+    assert said[0].removeprefix("student") != said[1].removeprefix("teacher")
+
+    # At a terminal it asks, and Ctrl-D ends it.
+    master, terminal = pty.openpty()
+    with subprocess.Popen(line, stdin=terminal, stdout=terminal, stderr=terminal, env=ENVIRONMENT) as process:
+        os.close(terminal)
+        os.write(master, "오늘\n".encode())
+        found = b""
+        while found.count(b"> ") < 2:
+            found += os.read(master, 4096)
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+    os.close(master)
+    text = found.decode()
+    assert "Ctrl-D ends" in text and "student: 오늘" in text and "teacher: 오늘" in text
 
 
 def test_metrics_hold_every_step_once(prepared: Run) -> None:

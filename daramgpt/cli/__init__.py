@@ -258,23 +258,25 @@ def status(
 @app.command()
 def generate(
     recipe: RecipeArgument = "quickstart",
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Text to continue; without it, each line that you type.")
+    ] = None,
     run: RunOption = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let the teacher continue it too.")] = False,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to add at most.")] = 80,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1.0)] = 0.95,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 = off.")] = 0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0.01, max=1.0, help="Likeliest tokens of so much probability.")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="So many likeliest tokens; 0 = all.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawing.")] = 0,
 ) -> None:
     """Let the exported student continue a text."""
     from daramgpt import commands
-    from daramgpt import generate as generator
+    from daramgpt.generate import Sampling
 
-    directory = commands.run_directory(recipe, run)
-    print(prompt, end="", flush=True)
-    for piece in generator.generate(directory.export, prompt, tokens, temperature, top_p, top_k, seed):
-        print(piece, end="", flush=True)
-    print()
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    commands.generate(commands.run_directory(recipe, run), prompt, compare, tokens, sampling)
 
 
 @app.command("probe-candidate", hidden=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from daramgpt import hardware
 from daramgpt import recipe as recipes
 from daramgpt.commands import copies
+from daramgpt.commands.generation import generate
 from daramgpt.commands.parts import load_teacher, open_shards, parts_of, teacher_dir
 from daramgpt.commands.resolution import resolve, run_directory
 from daramgpt.commands.training import train, train_on_ranks
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "doctor",
     "forecast",
+    "generate",
     "plan",
     "prepare",
     "probe_candidate",

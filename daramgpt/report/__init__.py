@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page from what a run wrote, complete or not.
+"""``report.html``: one self-contained page from what a run wrote, complete or not; its curves as PNG files beside it.
 
 It reads files and computes nothing anew, so it imports nothing that trains and takes no time. What a run has not
 written yet is named at the end of the page instead of being passed over.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from daramgpt import recipe as recipes
 from daramgpt import results_table, status
 from daramgpt.generate import Sampling
 from daramgpt.recipe import Loss
-from daramgpt.report.curves import curves
+from daramgpt.report import chart
+from daramgpt.report.curves import charts
 from daramgpt.report.page import facts, page, section, table, tiles
 from daramgpt.run_directory import RunDirectory, read_json, read_text, write_atomically
+from daramgpt.tasks import quoted
+from daramgpt.tasks import table as task_tables
 
 Data = dict[str, Any]
 # Of a list that may be as long as the corpora are broken.
@@ -44,22 +48,31 @@ def write(run: RunDirectory, say: Callable[[str], None]) -> None:
         run.evaluation, damaged, lambda data: (_head(name, state, found, data), _evaluation(data), _samples(data))
     )
     plan = _usable(run.plan, damaged, lambda data: facts(_run_facts(recipe, data, evaluation)))
+    hours = found.sessions, found.budget_hours
     index = _usable(
-        run.shards / "index.json", damaged, lambda data: (_curriculum(found, data), _reading(data), curves(run, data))
+        run.shards / "index.json",
+        damaged,
+        lambda data: (_curriculum(found, data), _reading(data), charts(run, data, plan, *hours)),
     )
+    tasks = _usable(run.tasks, damaged, _tasks)
+    drawn = charts(run, index, plan, *hours)
     sections = [
         _head(name, state, found, evaluation),
         section("What was run", facts(_run_facts(recipe, plan, evaluation))),
         _curriculum(found, index),
         _reading(index),
-        curves(run, index),
+        _curves(drawn),
         _evaluation(evaluation),
+        _tasks(tasks),
         _samples(evaluation),
         _sessions(found),
         _reproduce(run),
         _missing(missing, damaged, run),
     ]
     write_atomically(run.report, page(f"{name}: DaramGPT report", sections))
+    if can_draw():
+        for one in drawn:
+            chart.save_png(one, run.pictures / f"{one.name}.png")
     say(f"report: {run.report}" + (f" (not there yet: {', '.join(missing)})" if missing else ""))
 
 
@@ -162,6 +175,42 @@ def _reading(index: Data) -> str:
     return section("Corpora", *parts) if parts else ""
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def _curves(drawn: list[chart.Chart]) -> str:
+    if not drawn:
+        return ""
+    if not can_draw():
+        return section("Curves", "<p>Curves need matplotlib: pip install matplotlib, then write the report again.</p>")
+    note = (
+        "Losses of a step are measured before the model learns from it. Dashed vertical lines part the stages of the "
+        "curriculum, in the order of the table above; the very first steps may lie above the picture."
+    )
+    figures = "".join(map(chart.as_html, drawn))
+    return section("Curves", f'<div class="charts">{figures}</div>', _soft(note))
+
+
+def _tasks(tasks: Data) -> str:
+    """KoBEST and NSMC."""
+    parts: list[str] = []
+    if tasks.get("summary"):
+        parts += [table(task_tables.finetuned_cells(tasks["summary"]), num_left=2), *map(_soft, task_tables.LEGEND)]
+        parts.append(_soft(task_tables.sources(quoted.FINETUNED)))
+    if tasks.get("zero_shot"):
+        parts += [table(task_tables.zero_shot_cells(tasks["zero_shot"]))]
+        parts.append(_soft(task_tables.sources(quoted.ZERO_SHOT)))
+    if not parts:
+        return ""
+    return section("KoBEST and NSMC", *parts, _soft(f"Measured at step {tasks['model']['step']:,}."))
+
+
+def _soft(text: str) -> str:
+    return f'<p class="soft">{escape(text)}</p>'
+
+
 def _evaluation(evaluation: Data) -> str:
     rows = evaluation.get("rows")
     if not rows:
@@ -178,7 +227,7 @@ def _evaluation(evaluation: Data) -> str:
     return section(
         "Evaluation",
         table(results_table.model_cells(rows)),
-        f'<p class="soft">{escape(note)}</p>',
+        _soft(note),
         table(results_table.stage_cells(rows)),
         *_forgetting(evaluation.get("forgetting")),
     )
@@ -189,7 +238,7 @@ def _forgetting(rows: list[Data] | None) -> list[str]:
     if not rows:
         return []
     heading = f"{results_table.FORGETTING[0].upper()}{results_table.FORGETTING[1:]}."
-    return [f'<p class="soft">{escape(heading)}</p>', table(results_table.forgetting_cells(rows))]
+    return [_soft(heading), table(results_table.forgetting_cells(rows))]
 
 
 def _samples(evaluation: Data) -> str:
@@ -205,7 +254,7 @@ def _samples(evaluation: Data) -> str:
         groups.append(f'<div class="samples" lang="ko">{cards}</div><p></p>')
     drawn = Sampling()
     note = f"Sampled at temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, all models with the same seed."
-    return section("Continuations", *groups, f'<p class="soft">{note}</p>') if groups else ""
+    return section("Continuations", *groups, _soft(note)) if groups else ""
 
 
 def _sessions(found: status.Status) -> str:

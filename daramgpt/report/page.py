@@ -7,9 +7,11 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1d2430; --soft: #5c6675; --rule: #dde2ea; --card: #f5f7fa;
-  --c1: #1f6feb; --c2: #d1660a; --c3: #7a4fc4; --good: #12805c; --warn: #a45a00; }
+  --c1: #1f6feb; --c2: #d1660a; --c3: #7a4fc4; --c4: #12805c; --c5: #c2255c; --c6: #8a6d00; --good: #12805c;
+  --warn: #a45a00; }
 @media (prefers-color-scheme: dark) { :root { --back: #12161d; --ink: #e4e9f1; --soft: #9aa6b6; --rule: #2c3441;
-  --card: #1a202a; --c1: #6cabff; --c2: #f2a154; --c3: #b596f2; --good: #5cc9a0; --warn: #f2b45c; } }
+  --card: #1a202a; --c1: #6cabff; --c2: #f2a154; --c3: #b596f2; --c4: #5cc9a0; --c5: #f783ac; --c6: #e2c044;
+  --good: #5cc9a0; --warn: #f2b45c; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 24px 16px 64px; background: var(--back); color: var(--ink);
   font: 15px/1.55 system-ui, "Noto Sans KR", "Apple SD Gothic Neo", "Malgun Gothic", sans-serif; }
@@ -28,14 +30,12 @@ table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
 table.facts td:first-child { width: 24%; color: var(--soft); }
 .charts { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12.5px; fill: var(--soft); }
-@media (max-width: 520px) { svg text:not(.span) { font-size: 17px; } }
-.grid { stroke: var(--rule); } .axis { stroke: var(--soft); } .bound { stroke: var(--soft); stroke-dasharray: 3 4; }
-.line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
-.c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
+svg * { stroke-linejoin: round; } svg text { font-family: inherit; fill: var(--soft); }
+.c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); }
+.c5 { --c: var(--c5); } .c6 { --c: var(--c6); }
 figcaption > * { margin-right: 14px; } .key { display: inline-block; white-space: nowrap; }
-.key i { display: inline-block; width: 16px; height: 3px; margin-right: 6px; vertical-align: middle;
-  background: var(--c); }
+.key i { display: inline-block; width: 16px; margin-right: 6px; vertical-align: middle;
+  border-top: 3px solid var(--c); } .key i.dashed { border-top-style: dashed; }
 .samples { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
 .sample { padding: 12px 14px; border-radius: 8px; background: var(--card); word-break: keep-all;
   overflow-wrap: anywhere; }

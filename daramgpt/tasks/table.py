@@ -24,15 +24,24 @@ def format_tasks(results: dict[str, Any]) -> str:
     """
     parts = []
     if results["summary"]:
-        parts += [_finetuned(results["summary"]), *LEGEND, _sources(quoted.FINETUNED), "", _speed(results)]
+        cells = finetuned_cells(results["summary"])
+        parts += [_ruled(aligned(cells, num_left=2)), *LEGEND, sources(quoted.FINETUNED), "", _speed(results)]
     if results["zero_shot"]:
-        parts += [""] * bool(parts) + [_zero_shot(results["zero_shot"]), _sources(quoted.ZERO_SHOT)]
+        parts += [""] * bool(parts) + [
+            _ruled(aligned(zero_shot_cells(results["zero_shot"]))),
+            sources(quoted.ZERO_SHOT),
+        ]
     model = results["model"]
     size = f"{model['parameters'] / 1e6:,.1f} M parameters, {model['bytes'] / 1e6:,.1f} MB"
     return "\n".join([*parts, "", f"{model['name']}: {size}, step {model['step']:,}"])
 
 
-def _finetuned(summary: list[dict[str, Any]]) -> str:
+def finetuned_cells(summary: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and two lines a task, with figures of others beside them.
+
+    Args:
+        summary: of ``tasks.json``.
+    """
     cells = [["fine-tuned", "metric", "best on test", "by validation", *quoted.FINETUNED]]
     for line in summary:
         metric = TASKS[line["task"]].metric
@@ -45,7 +54,7 @@ def _finetuned(summary: list[dict[str, Any]]) -> str:
             label = line["task"] if name == metric else ""
             scores = [_mean_and_std(line[way][name]) for way in ("best_test", "chosen_on_validation")]
             cells.append([label, METRICS[name], *scores, *figures])
-    return _ruled(aligned(cells, num_left=2))
+    return cells
 
 
 def _speed(results: dict[str, Any]) -> str:
@@ -68,7 +77,12 @@ def _speed(results: dict[str, Any]) -> str:
     return _ruled(aligned(cells))
 
 
-def _zero_shot(rows: list[dict[str, Any]]) -> str:
+def zero_shot_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Header and a line a task, with figures of others beside them.
+
+    Args:
+        rows: ``zero_shot`` of ``tasks.json``.
+    """
     cells = [["zero-shot", "rows", "acc", "F1", "acc by length", *quoted.ZERO_SHOT]]
     for row in rows:
         scores = [row["scores"].get(key) for key in ("accuracy", "macro_f1", "accuracy_normalised")]
@@ -81,7 +95,7 @@ def _zero_shot(rows: list[dict[str, Any]]) -> str:
                 *("" if figure is None else f"{figure:.2f}" for figure in figures),
             ]
         )
-    return _ruled(aligned(cells))
+    return cells
 
 
 def _mean_and_std(found: dict[str, float | None]) -> str:
@@ -90,7 +104,8 @@ def _mean_and_std(found: dict[str, float | None]) -> str:
     return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
-def _sources(columns: dict[str, Any]) -> str:
+def sources(columns: dict[str, Any]) -> str:
+    """Whom the figures of columns are of."""
     return "\n".join(["quoted, not measured here:", *(f"  {name} = {quoted.SOURCES[name]}" for name in columns)])
 
 
