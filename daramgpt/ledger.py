@@ -133,6 +133,11 @@ def sessions(path: Path) -> list[Session]:
     return list(_by_name(entries(path)).values())
 
 
+def identity(path: Path) -> str:
+    """A name of the run that its ledger takes along to other machines: that of its first session; empty before one."""
+    return next((str(entry["session"]) for entry in entries(path) if entry.get("event") == "start"), "")
+
+
 def notes(path: Path) -> list[dict[str, Any]]:
     """All notes of a ledger, with their ``time``."""
     return [entry for entry in entries(path) if entry.get("event") == "note"]

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: a live line in a terminal, rare plain lines elsewhere, all of it in a log.
+"""What a person sees while something runs: a live picture in a terminal, rare plain lines elsewhere, and a log.
 
 `console` prints for people and appends to the run's ``log.txt``; what libraries log goes to that file alone.
 `TrainingDisplay` shows the training and writes ``metrics.jsonl``, one object a logged step.
@@ -11,13 +11,17 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.text import Text
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from daramgpt.ledger import entries
 from daramgpt.run_directory import write_atomically
@@ -67,29 +71,67 @@ def _route_libraries(log: Path) -> None:
     warnings.simplefilter("default")
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a training is measured against, and what is ahead of it.
+
+    Attributes:
+        stage_number, num_stages: of the stage in training, from 1.
+        stage_share: of it that is trained.
+        planned_tokens_per_second: None where no speed was planned.
+        memory_limit_bytes: of the device.
+        budget_hours: of the run.
+        seconds_to_save: until the next checkpoint is due.
+        seconds_to_end: of the session; None where nothing bounds it.
+    """
+
+    stage_number: int
+    num_stages: int
+    stage_share: float
+    planned_tokens_per_second: float | None
+    memory_limit_bytes: int
+    budget_hours: float
+    seconds_to_save: float
+    seconds_to_end: float | None
+
+
 class TrainingDisplay:
-    """Live line and metrics of one training.
+    """Live picture and metrics of one training.
 
     Args:
         console: where lines go.
         metrics: ``metrics.jsonl``; lines from the resumed step on are dropped, as those steps are trained again.
-        label: what is trained, for the line.
+        label: what is trained, for the lines.
         num_steps: of the whole run.
         first_step: that this session begins with.
+        outlook: asked for whenever a terminal's picture is drawn anew.
+        send: gets each line of metrics too.
         shown: False on ranks other than the first, which show and write nothing.
     """
 
     def __init__(
-        self, console: Console, metrics: Path, label: str, num_steps: int, first_step: int, shown: bool = True
+        self,
+        console: Console,
+        metrics: Path,
+        label: str,
+        num_steps: int,
+        first_step: int,
+        outlook: Callable[[], Outlook] | None = None,
+        send: Callable[[dict[str, Any]], None] | None = None,
+        shown: bool = True,
     ) -> None:
         self.console, self.label, self.num_steps, self.shown = console, label, num_steps, shown
+        self._outlook, self._send = outlook, send
         self._live: Live | None = None
         self._last_line = time.monotonic()
+        self._held_out = ""
         if not shown:
             return
         kept = [line for line in entries(metrics) if isinstance(line.get("step"), int) and line["step"] <= first_step]
         write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
+        for line in kept:
+            self._keep_held_out(line)
         if sys.stdout.isatty():
             self._live = Live(console=console.rich, refresh_per_second=4, transient=True)
 
@@ -110,10 +152,14 @@ class TrainingDisplay:
             return
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()
+        if self._send is not None:
+            self._send(entry)
+        self._keep_held_out(entry)
         line = self._line(entry)
         now = time.monotonic()
         if self._live:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            outlook = self._outlook() if self._outlook is not None else None
+            self._live.update(picture(self.label, self.num_steps, entry, outlook, self._held_out))
         if now - self._last_line >= PLAIN_SECONDS or entry["step"] == self.num_steps:
             self._last_line = now
             if self._live:
@@ -121,13 +167,67 @@ class TrainingDisplay:
             else:
                 self.console(line)
 
+    def _keep_held_out(self, entry: dict[str, Any]) -> None:
+        figures = entry.get("bits_per_byte")
+        value = figures.get("all") if isinstance(figures, dict) else None
+        if isinstance(value, float):
+            self._held_out = f"{value:.4f} bits per byte at step {entry['step']:,}"
+
     def _line(self, entry: dict[str, Any]) -> str:
-        parts = [f"{self.label}: step {entry['step']}/{self.num_steps}", entry["stage"], f"loss {entry['loss']:.3f}"]
-        if entry["kd"]:
-            parts.append(f"kd {entry['kd']:.3f}")
-        parts.append(f"ce {entry['ce']:.3f}")
-        if entry.get("hidden"):
-            parts.append(f"hidden {entry['hidden']:.3f}")
+        parts = [f"{self.label}: step {entry['step']}/{self.num_steps}", entry["stage"], *_losses(entry, ("kd", "ce"))]
         parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
         parts.append(f"{duration(3600 * entry['hours_left'])} left")
         return "  ".join(parts)
+
+
+def _losses(entry: dict[str, Any], names: tuple[str, str]) -> list[str]:
+    """The loss and its parts, those that are not trained on left out."""
+    parts = [("loss", entry["loss"]), (names[0], entry["kd"]), (names[1], entry["ce"]), ("hidden", entry.get("hidden"))]
+    return [f"{name} {value:.3f}" for name, value in parts if value or name == names[1]]
+
+
+def picture(
+    label: str, num_steps: int, entry: dict[str, Any], outlook: Outlook | None, held_out: str
+) -> RenderableType:
+    """A training as a terminal shows it: a bar, and below it a line each of what a person looks for.
+
+    Args:
+        label: what is trained.
+        num_steps: of the whole run.
+        entry: the newest line of metrics.
+        outlook: what it is measured against; None leaves that out.
+        held_out: the last figure of held-out text, empty before there is one.
+    """
+    step = entry["step"]
+    head = Table.grid(padding=(0, 1), expand=True)
+    for ratio in (None, 1, None, None):
+        head.add_column(ratio=ratio, no_wrap=True)
+    left = f"{duration(3600 * entry['hours_left'])} left"
+    head.add_row(label, ProgressBar(total=max(1, num_steps), completed=step), f"{step / max(1, num_steps):.1%}", left)
+    rows = [("step", f"{step:,} of {num_steps:,}, {entry['tokens']:,} tokens"), ("stage", entry["stage"])]
+    speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+    memory = f"{entry['peak_memory_bytes'] / 1e9:.1f} GB"
+    hours = f"{entry['hours_used']:.2f} used"
+    ahead = ""
+    if outlook is not None:
+        part = f", {outlook.stage_number} of {outlook.num_stages}" if outlook.num_stages > 1 else ""
+        rows[1] = ("stage", f"{entry['stage']}{part}, {outlook.stage_share:.0%} of it")
+        if outlook.planned_tokens_per_second:
+            change = entry["tokens_per_second"] / outlook.planned_tokens_per_second - 1
+            speed += f" ({change:+.0%} to the plan's {outlook.planned_tokens_per_second:,.0f})"
+        memory += f" of {outlook.memory_limit_bytes / 1e9:.1f} GB"
+        hours += f", {max(0.0, outlook.budget_hours - entry['hours_used']):.2f} left of {outlook.budget_hours:g}"
+        ahead = f"saved in {duration(max(0.0, outlook.seconds_to_save))}"
+        if outlook.seconds_to_end is not None:
+            ahead += f", session ends in {duration(max(0.0, outlook.seconds_to_end))}"
+    rows += [("loss", "  ".join(_losses(entry, ("distillation", "cross-entropy"))).removeprefix("loss "))]
+    rows += [("held out", held_out), ("speed", speed), ("memory", memory), ("hours", hours), ("ahead", ahead)]
+    if entry.get("skipped_steps"):
+        rows.append(("fp16", f"{entry['skipped_steps']:,} steps skipped, loss scale {entry['loss_scale']:g}"))
+    body = Table.grid(padding=(0, 2))
+    body.add_column(style="dim", no_wrap=True)
+    body.add_column(no_wrap=True, overflow="ellipsis")
+    for name, text in rows:
+        if text:
+            body.add_row(f"  {name}", text)
+    return Group(head, body)

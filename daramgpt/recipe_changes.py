@@ -15,7 +15,7 @@ from daramgpt.recipe import Recipe
 
 # What decides no result, but for the rounding of its arithmetic.
 _FREE: Any = {
-    **dict.fromkeys(("budget", "checkpoint", "engine", "evaluation", "name", "persistence"), True),
+    **dict.fromkeys(("budget", "checkpoint", "engine", "evaluation", "name", "persistence", "report_to"), True),
     "corpus": {"dir", "workers"},
     "student": {"init_model"},
     "teacher": {"model"},

@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
             "recipe_changes",
             "student",
             "teacher",
+            "trackers",
         ),
         1,
     ),
@@ -145,6 +146,7 @@ def test_imports_go_down(path: Path) -> None:
             ("__main__", "cli"),
             ("export", "model_card"),
             ("planning", "train"),
+            ("report", "tasks"),
         }
         assert below or beside, f"{module} (layer {LAYERS[module]}) imports {target} (layer {LAYERS[target]})"
 

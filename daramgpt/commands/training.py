@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from daramgpt import budget, hardware
+from daramgpt import budget, hardware, trackers
 from daramgpt import recipe as recipes
 from daramgpt.commands import copies, initial_weights
 from daramgpt.commands.parts import export_teacher, load_teacher, open_shards, parts_of, teacher_dir
@@ -47,13 +47,15 @@ def train_on_ranks(
         allows_changes: go on with other settings, as far as `recipe_changes.CHANGEABLE` goes.
 
     Raises:
-        UserError: there is no plan or it is for other ranks, the shards are missing, or a rank refused to go on.
+        UserError: there is no plan or it is for other ranks, the shards are missing, a package of `report_to` is not
+            installed, or a rank refused to go on.
         launcher.RankError: a rank failed.
     """
     from daramgpt import launcher, planner
 
     node_rank = nodes.node_rank if nodes else None
     where = f" on the first node, and share its run directory or copy it to {run.path}" if node_rank else ""
+    trackers.require(recipe.report_to)
     frozen = planner.read_plan(run)
     if frozen is None:
         raise UserError(f"{run.plan} is missing", f"plan the run first{where}: python -m daramgpt plan {recipe.name}")

@@ -38,6 +38,7 @@ def check(recipe: Recipe, run: RunDirectory, machine: Machine) -> list[Check]:
     if not any(check.name == "teacher" and check.blocks for check in checks):
         checks.extend(needs.initialisation(recipe))
     checks.extend(needs.corpora(recipe))
+    checks.extend(needs.reporting(recipe))
     checks.append(needs.disk(recipe, run))
     return checks
 

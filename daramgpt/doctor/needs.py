@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from daramgpt import ds_config as ds_configs
-from daramgpt import hardware, planner
+from daramgpt import hardware, planner, trackers
 from daramgpt.doctor.finding import Check
 from daramgpt.errors import UserError
 from daramgpt.hardware import GIB, LLM_INT8_FROM, Machine
@@ -103,6 +103,18 @@ def initialisation(recipe: Recipe) -> Iterator[Check]:
         yield Check("student", "ok", f"begins with {initialisation.check_recipe(recipe)}")
     except UserError as error:
         yield Check("student", "blocked", str(error))
+
+
+def reporting(recipe: Recipe) -> Iterator[Check]:
+    """Whether what metrics are sent to is installed, where anything is."""
+    if not recipe.report_to:
+        return
+    try:
+        trackers.require(recipe.report_to)
+    except UserError as error:
+        yield Check("report_to", "blocked", str(error))
+    else:
+        yield Check("report_to", "ok", ", ".join(recipe.report_to))
 
 
 def corpora(recipe: Recipe) -> Iterator[Check]:

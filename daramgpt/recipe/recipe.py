@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,9 @@ class Recipe(Section):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MOST_LETTERS, description="default: the file's name"
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where metrics are sent besides metrics.jsonl; each has to be installed"
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of everything that is drawn")
     corpus: Corpus = Corpus()

@@ -106,6 +106,13 @@ class Feed:
         stage, _ = self._locate(step * self._batch_rows)
         return self._shards.stages[stage].name
 
+    def place_in_stage(self, step: int) -> tuple[int, float]:
+        """Number, from 1, of the stage that a step begins in, and the share of its rows before that step."""
+        row = step * self._batch_rows % self._shards.num_rows
+        number = self._shards.stage_of(row)
+        stage = self._shards.stages[number]
+        return number + 1, (row - stage.first_row) / stage.num_rows
+
     def stages_ended(self, step: int) -> list[str]:
         """Names of the stages whose last row, of this pass, is in a step."""
         start, num_rows = step * self._batch_rows, self._shards.num_rows

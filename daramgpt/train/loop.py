@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import resource
 import time
 from dataclasses import replace
@@ -18,11 +19,12 @@ import torch
 from daramgpt import budget, checkpoint
 from daramgpt.engine import Distiller, LossScaleFloorError
 from daramgpt.errors import UserError
-from daramgpt.ledger import Ledger, sessions
-from daramgpt.progress import TrainingDisplay
+from daramgpt.ledger import Ledger, identity, sessions
+from daramgpt.progress import Outlook, TrainingDisplay
 from daramgpt.recipe import Schedule, dump
 from daramgpt.recipe_changes import settings_that_matter
 from daramgpt.shards import Feed, Prefetch
+from daramgpt.trackers import Trackers
 from daramgpt.train.held_out import HeldOut
 from daramgpt.train.out_of_memory import StepOutOfMemoryError, as_step_fault
 from daramgpt.train.position import Position
@@ -88,8 +90,16 @@ class Loop:
         fault: StepOutOfMemoryError | None = None
         first, end_step = distiller.is_first, position.horizon.end_step
         with (
+            contextlib.closing(self._trackers(first)) as trackers,
             TrainingDisplay(
-                training.console, training.run.metrics, training.label, end_step, position.step, first
+                training.console,
+                training.run.metrics,
+                training.label,
+                end_step,
+                position.step,
+                self._outlook,
+                trackers.log,
+                first,
             ) as display,
             contextlib.closing(Prefetch(self.feed, distiller.device)) as rows,
         ):
@@ -135,6 +145,31 @@ class Loop:
             raise fault
         assert reason is not None
         return reason
+
+    def _trackers(self, is_first: bool) -> Trackers:
+        training, recipe = self.training, self.training.recipe
+        name = f"{recipe.name}-{identity(training.ledger)}"
+        settings = settings_that_matter(recipe)
+        names = recipe.report_to if is_first else ()
+        return Trackers(
+            names, training.ledger.parent / "trackers", name, self.position.step, settings, training.console
+        )
+
+    def _outlook(self) -> Outlook:
+        """Of the step that was made last."""
+        training, now = self.training, time.monotonic()
+        number, share = self.feed.place_in_stage(self.position.step - 1)
+        ends = [self._left.seconds - self.clock.seconds, training.stop.seconds_left]
+        return Outlook(
+            number,
+            len(training.shards.stages),
+            share,
+            training.plan["predicted"].get("tokens_per_second"),
+            memory_limit_bytes(),
+            training.recipe.budget.budget_hours,
+            self._saved_at + 60 * training.recipe.checkpoint.every_minutes - now,
+            min(one for one in ends if one is not None),
+        )
 
     def _step(self, rows: Prefetch) -> tuple[dict[str, Any] | None, bool, bool]:
         """One optimizer step; moves the position.
@@ -297,6 +332,13 @@ class Loop:
         if self.distiller.is_first:
             seconds = self.clock.seconds - self._seconds_before
             self._ledger.end(self._saved_step, self._saved_tokens, seconds, reason)
+
+
+def memory_limit_bytes() -> int:
+    """Memory of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_bytes() -> int:

@@ -35,6 +35,11 @@ class StopRequest:
         self._signalled = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline; None where there is none."""
+        return None if self._ends_at is None else self._ends_at - time.monotonic()
+
     def reason(self, seconds_needed: float) -> str | None:
         """``"interrupted"``, ``"deadline"`` or None.
 
