@@ -65,6 +65,44 @@ def export(recipe: Recipe, run: RunDirectory, say: Callable[[str], None]) -> Pat
     return run.export
 
 
+def push(run: RunDirectory, repo_id: str, is_public: bool, say: Callable[[str], None]) -> None:
+    """Upload what is exported to a repository on the Hugging Face hub, made where there is none, as one commit.
+
+    Args:
+        run: whose export.
+        repo_id: ``owner/name``.
+        is_public: of a repository that is made; one that is there stays as it is.
+        say: takes lines.
+
+    Raises:
+        UserError: that is no name of a repository, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise ValueError("the owner is missing")
+    except ValueError as error:
+        raise UserError(f"--push {repo_id}: {str(error).splitlines()[0]}", "give OWNER/NAME") from None
+    record = parse_json(read_text(run.export / RECORD))
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=not is_public, exist_ok=True)
+        # What it was made from is this machine's business.
+        message = f"step {record['step']:,} of {record['num_steps']:,}"
+        api.upload_folder(repo_id=repo_id, folder_path=run.export, commit_message=message, ignore_patterns=[RECORD])
+    # The hub's library raises its own errors, those of its HTTP client, and those of the system.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"--push {repo_id}: {type(error).__name__}: {reason}",
+            "log in by `hf auth login` or set HF_TOKEN to a token that may write, and run the same command again",
+        ) from None
+    say(f"pushed: https://huggingface.co/{repo_id}, {message}")
+
+
 def restore_student(shape: Shape, weights: Mapping[str, torch.Tensor], tokenizer_dir: Path) -> GPT2LMHeadModel:
     """The fp32 student that a checkpoint's weights describe, in evaluation mode on the CPU.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import metadata_load
@@ -72,6 +74,50 @@ def test_plain_transformers_load_the_checkpoint_s_logits(small: Recipe, run: Run
         "".join(generate.Writer.load(out_dir).stream("다람쥐", 5, generate.Sampling(seed=3))) for _ in range(2)
     )
     assert first == second
+
+
+class Hub:
+    """Stands for `huggingface_hub.HfApi`."""
+
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    fault: Exception | None = None
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append((repo_id, options))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> None:
+        if self.fault:
+            raise self.fault
+        left_out = options["ignore_patterns"]
+        options["files"] = {path.name for path in folder_path.iterdir() if path.name not in left_out}
+        self.calls.append((repo_id, options))
+
+
+def test_an_export_is_pushed_without_what_is_only_of_this_machine(
+    small: Recipe, run: RunDirectory, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call, options in (
+        ("create_repo", {"repo_id", "private", "exist_ok"}),
+        ("upload_folder", {"repo_id", "folder_path", "commit_message", "ignore_patterns"}),
+    ):
+        assert options <= inspect.signature(getattr(huggingface_hub.HfApi, call)).parameters.keys()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    exporter.export(small, run, lambda _: None)
+    said: list[str] = []
+    exporter.push(run, "me/daram", False, said.append)
+    (made, made_with), (pushed, upload) = Hub.calls
+    assert made == pushed == "me/daram" and made_with == {"private": True, "exist_ok": True}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= upload["files"]
+    assert "export.json" not in upload["files"] and upload["commit_message"] == "step 10 of 10"
+    assert "huggingface.co/me/daram" in said[0]
+    monkeypatch.setattr(Hub, "fault", PermissionError("401 Client Error\nand more"))
+    with pytest.raises(UserError, match=r"--push me/daram: PermissionError: 401 Client Error; log in"):
+        exporter.push(run, "me/daram", True, said.append)
+    assert Hub.calls[-1] == ("me/daram", {"private": False, "exist_ok": True})
+    for name in ("daram", "a/b/c", "me/da ram", "../x"):
+        with pytest.raises(UserError, match="give OWNER/NAME"):
+            exporter.push(run, name, False, said.append)
 
 
 def test_exporting_again_is_free_until_something_changed(small: Recipe, run: RunDirectory, saved: Saved) -> None:

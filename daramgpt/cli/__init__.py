@@ -204,11 +204,23 @@ def export(
     ds_config: DsConfigOption = None,
     run: RunOption = None,
     settings: SetOption = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this repository on the hub.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Where --push makes the repository, let everybody see it.")
+    ] = False,
 ) -> None:
     """Write the student as a Hugging Face directory with a model card."""
     from daramgpt import export as exporter
+    from daramgpt.errors import UserError
 
-    exporter.export(*_begin(recipe, corpus, ds_config, run, settings))
+    if public and push is None:
+        raise UserError("--public says who sees what --push uploads", "give --push OWNER/NAME too")
+    resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
+    exporter.export(resolved, directory, console)
+    if push is not None:
+        exporter.push(directory, push, public, console)
 
 
 @app.command()
