@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -30,16 +31,28 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/corpora.md",
     "docs/evaluation.md",
+    "docs/how-it-works.md",
+    "docs/kaggle.md",
+    "docs/recipes.md",
     "docs/sessions.md",
     "docs/several-gpus.md",
     "docs/student.md",
+    "docs/teacher.md",
+    "docs/troubleshooting.md",
 )
 LAUNCH = (ROOT / "launch.sh").read_text(encoding="utf-8")
 IGNORED = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()}
 PYTHON = ".venv/bin/python"
 LINTERS = {"pytest", "ruff", "mypy"}
 # Words that stand for what a reader has, and what stands for them when a command is tried.
-PLACEHOLDERS = {"DIR": "corpora", "FOLDER": "teacher", "FILE.toml": str(recipes.RECIPES_DIR / "daramgpt.toml")}
+PLACEHOLDERS = {
+    "DIR": "corpora",
+    "FOLDER": "teacher",
+    "WHEELS": str(ROOT),
+    "FILE.toml": str(recipes.RECIPES_DIR / "daramgpt.toml"),
+}
+# Where a notebook's machine has its files.
+ELSEWHERE = ("/kaggle/", "/content/")
 PATH = re.compile(r"\S*/\S*|[\w.-]+\.(?:py|md|json|jsonl|toml|sh|html|txt)")
 OPTION = re.compile(r"--[a-z][a-z-]*")
 KEY = re.compile(r"([a-z_]+)\.([a-z_]+)")
@@ -110,7 +123,8 @@ def check_launch(words: tuple[str, ...]) -> None:
     if "test" in words:
         check_paths(list(words[words.index("test") + 1 :]))
     else:
-        check_settings(words[0] if words else "quickstart", list(words))
+        is_named = bool(words) and not words[0].startswith("--")
+        check_settings(words[0] if is_named else "quickstart", list(words))
 
 
 def check_daramgpt(words: list[str]) -> None:
@@ -138,10 +152,11 @@ def check_command(line: str) -> None:
             source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
             for option in filter(OPTION.fullmatch, rest):
                 assert f'"{option}"' in source, option
+        case [interpreter, "-m", "pip", verb, *_] if interpreter == PYTHON:
+            assert verb in {"freeze", "wheel"}
         case [interpreter, "-m", module, *rest] if interpreter == PYTHON and module in LINTERS:
-            extra = re.search(r"^dev = \[(.*)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-            assert extra
-            assert f'"{module}>=' in extra[1], module
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            assert any(one.startswith(f"{module}>=") for one in extras["optional-dependencies"]["dev"]), module
             check_paths(rest)
         case _:
             pytest.fail(f"no command that a reader of this repository has: {line}")
@@ -157,6 +172,8 @@ def run_files() -> set[str]:
 
 def exists(path: str) -> bool:
     """In the repository, or made there by a run; of a path with a ``<part>`` to fill in, the folder at its top."""
+    if path.startswith(ELSEWHERE):
+        return True
     plain = path.rstrip("/")
     top = plain.split("/")[0]
     if plain == recipes.load("daramgpt").teacher.model or plain in run_files() or top in IGNORED:  # type: ignore[union-attr]
@@ -203,6 +220,15 @@ def test_both_readmes_show_the_same() -> None:
     printed = [re.findall(r"^```text\n.*?^```", text(name), re.MULTILINE | re.DOTALL) for name in DOCUMENTS[:2]]
     assert printed[0]
     assert printed[0] == printed[1]
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_program() -> None:
+    sources = [*(ROOT / "daramgpt").rglob("*.py"), ROOT / "launch.sh"]
+    said = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    messages = re.findall(r"^\| `([^`]+)` \|", text("docs/troubleshooting.md"), re.MULTILINE)
+    assert len(messages) > 15
+    for message in messages:
+        assert all(part.strip() in said for part in message.split("…")), message
 
 
 def test_the_readme_names_every_command() -> None:
