@@ -63,7 +63,7 @@ def memory(forecast: Forecast, card_bytes: int, path: Path) -> dict[str, dict[st
         raise UserError(f"--gpu: one row does not fit on {forecast.name}", "give a larger one")
     fixed, of_position = reference_bytes(step.student, step.teacher)
     weights = 4 * step.teacher.parameters
-    drawn = {
+    drawn: dict[str, dict[str, float]] = {
         f"reference loop, {REFERENCE_POSITIONS:,} padded positions": {
             "teacher weights": weights,
             "student, gradients, optimizer": fixed - weights,

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from daramgpt.ledger import entries
 from daramgpt.run_directory import write_atomically
-from daramgpt.text_table import duration
+from daramgpt.text_table import duration, hung
 
 # Without a terminal a line every so often is enough: a notebook keeps them all.
 PLAIN_SECONDS = 20.0
@@ -46,10 +46,13 @@ class Console:
             _route_libraries(log)
 
     def __call__(self, text: str = "") -> None:
-        """Print a line (or several), and keep it."""
+        """Print a line (or several), in a terminal broken between words, and keep it as it is."""
         if self.silent:
             return
-        self.rich.print(text)
+        shown = text
+        if self.rich.is_terminal:
+            shown = "\n".join(piece for line in text.split("\n") for piece in hung(line, self.rich.width))
+        self.rich.print(shown)
         self.keep(text)
 
     def keep(self, text: str) -> None:

@@ -1,36 +1,36 @@
-"""The result of an evaluation as plain text of at most 100 columns."""
+"""The result of an evaluation as plain text."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from daramgpt.text_table import aligned, pad, width_of
+from daramgpt.text_table import cut, fitted, narrowed, pad, ruled, terminal_columns, width_of, wrapped
 
 Cells = list[list[str]]
 FORGETTING = "held-out bits per byte of the student after each stage"
-LEAST_NAME, LONGEST_LISTED = 24, 48
+LONGEST_LISTED = 48
 LEGEND = "KL(teacher ‖ model) in nats a token; top-1: tokens where model and teacher agree on the likeliest"
 
 
-def format_evaluation(evaluation: dict[str, Any], width: int = 100) -> str:
+def format_evaluation(evaluation: dict[str, Any], width: int | None = None) -> str:
     """Table of the models, bits per byte per stage, and the continuations, ready to print.
 
     Args:
         evaluation: content of ``evaluation.json``.
-        width: columns that lines may take.
+        width: columns that lines may take; None = those of the terminal.
     """
+    width = width or terminal_columns()
     rows = evaluation["rows"]
-    parts = [_columns(_narrow(model_cells(rows), width)), LEGEND]
+    parts = ["\n".join(ruled(narrowed(model_cells(rows), width))), *wrapped(LEGEND, width)]
     if names := compared_names(rows):
         # A dash of closeness alone does not say whose model it is.
-        listed = ", ".join(_cut(name, LONGEST_LISTED) for name in names)
-        parts += _wrap(f"no models of this run, compared on the same text: {listed}", width)
+        listed = ", ".join(cut(name, LONGEST_LISTED) for name in names)
+        parts += wrapped(f"no models of this run, compared on the same text: {listed}", width)
     if rows and len(rows[0]["bits_per_byte"]) > 1:
         parts += ["", "held-out bits per byte by stage", _by_stage(rows, width)]
     if evaluation.get("forgetting"):
-        parts += ["", FORGETTING, _columns_in(forgetting_cells(evaluation["forgetting"]), width)]
+        parts += ["", FORGETTING, _table(forgetting_cells(evaluation["forgetting"]), width)]
     if evaluation.get("samples"):
         parts += ["", format_samples(evaluation["samples"], width)]
     if evaluation["state"] != "done":
@@ -119,48 +119,7 @@ def forgetting_cells(rows: list[dict[str, Any]]) -> Cells:
 
 def _by_stage(rows: list[dict[str, Any]], width: int) -> str:
     """Models down and stages across."""
-    return _columns_in(stage_cells(rows, "model"), width)
-
-
-def _columns_in(cells: Cells, width: int) -> str:
-    """The table; turned where it would be too wide, or a few columns at a time."""
-    if _width(cells) <= width:
-        return _columns(cells)
-    turned = _turned(cells)
-    if _width(turned) <= width:
-        return _columns(turned)
-    pieces: list[Cells] = [[]]
-    for stage in turned[1:]:
-        wider = [turned[0], *pieces[-1], stage]
-        if pieces[-1] and _width(_narrow(_turned(wider), width)) > width:
-            pieces.append([stage])
-        else:
-            pieces[-1].append(stage)
-    return "\n".join(_columns(_narrow(_turned([turned[0], *piece]), width)) for piece in pieces)
-
-
-def _turned(cells: Cells) -> Cells:
-    return [list(line) for line in zip(*cells, strict=True)]
-
-
-def _width(cells: Cells) -> int:
-    return max(map(width_of, aligned(cells)))
-
-
-def _narrow(cells: Cells, width: int) -> Cells:
-    """The same with names cut, to no less than `LEAST_NAME` columns, where the lines would be longer than `width`."""
-    name_columns = max(width_of(line[0]) for line in cells)
-    left = max(LEAST_NAME, name_columns - max(0, _width(cells) - width))
-    return [[_cut(line[0], left), *line[1:]] for line in cells]
-
-
-def _cut(text: str, columns: int) -> str:
-    """The text, or its beginning and an ellipsis, in at most so many columns."""
-    if width_of(text) <= columns:
-        return text
-    while width_of(text) >= columns:
-        text = text[:-1]
-    return f"{text}…"
+    return _table(stage_cells(rows, "model"), width)
 
 
 def format_samples(samples: list[dict[str, str]], width: int = 100) -> str:
@@ -173,27 +132,11 @@ def format_samples(samples: list[dict[str, str]], width: int = 100) -> str:
             prompt = sample["prompt"]
             lines += [""] * bool(lines) + [f"「{prompt}」"]
         text = " ".join(f"{prompt}{sample['text']}".split())
-        wrapped = _wrap(text, width - name_columns - 4)
-        for index, line in enumerate(wrapped):
+        for index, line in enumerate(wrapped(text, width - name_columns - 4)):
             lines.append(f"  {pad(sample['model'] if index == 0 else '', name_columns)}  {line}")
     return "\n".join(lines)
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken between words, or within one that is longer."""
-    lines = [""]
-    for word in text.split():
-        # In a line of wide letters alone a column count of width is width // 2 characters.
-        for piece in textwrap.wrap(word, max(1, width // 2)):
-            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
-            if width_of(joined) <= width:
-                lines[-1] = joined
-            else:
-                lines.append(piece)
-    return lines
-
-
-def _columns(cells: Cells) -> str:
-    """First column to the left, figures to the right, a rule below the header."""
-    head, *lines = aligned(cells)
-    return "\n".join([head, "─" * max(map(width_of, (head, *lines))), *lines])
+def _table(cells: Cells, width: int) -> str:
+    """First column to the left, figures to the right, a rule below the header; as many tables as the width asks for."""
+    return "\n".join("\n".join(ruled(table)) for table in fitted(cells, width))

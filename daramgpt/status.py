@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ from daramgpt import budget, checkpoint, recipe
 from daramgpt.ledger import MOST_COUNT, Session, sessions
 from daramgpt.recipe import Budget, Recipe
 from daramgpt.run_directory import RunDirectory, is_locked, read_json
-from daramgpt.text_table import aligned
+from daramgpt.text_table import aligned, fitted, hung, terminal_columns
 
 # Tokens a second; below them no calendar ends.
 LEAST_SPEED = 1e-6
@@ -203,6 +204,7 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
         result.append(f"left to do: {', '.join(status.missing)}")
     if written := _written_so_far(run):
         result.append(f"prepare has written {written}")
+    result = [piece for line in result for piece in hung(line, terminal_columns())]
     if status.stages:
         rows = [
             (
@@ -215,7 +217,7 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
             )
             for stage in status.stages
         ]
-        result += ["", *aligned([STAGE_HEADINGS, *rows])]
+        result += ["", *_table([STAGE_HEADINGS, *rows])]
     if status.sessions:
         session_rows = [
             (
@@ -229,11 +231,13 @@ def lines(status: Status, run: RunDirectory) -> list[str]:
             )
             for session in status.sessions
         ]
-        result += [
-            "",
-            *aligned([("session", "training", "started", "steps", "tokens", "minutes", "ended"), *session_rows]),
-        ]
+        headings = ("session", "training", "started", "steps", "tokens", "minutes", "ended")
+        result += ["", *_table([headings, *session_rows])]
     return result
+
+
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    return [line for table in fitted(cells, terminal_columns()) for line in aligned(table)]
 
 
 def _count(data: dict[str, Any], key: str, default: int = 0) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from daramgpt.text_table import aligned, duration
+from daramgpt.text_table import aligned, duration, fitted, terminal_columns
 
 _SECONDS_BETWEEN_LINES = 5.0
 _LINES_NAMED = 5
@@ -90,7 +90,9 @@ def summary(stages: list[dict[str, Any]], files: dict[str, dict[str, Any]]) -> l
         total.update({key: stage[key] for key in _SUMMED})
     if len(stages) > 1:
         rows.append(("all", "", "", *_figures(total, sum(file["bytes"] for file in files.values()))))
-    lines = aligned([_HEADINGS, *rows], num_left=3)
+    cells = [_HEADINGS, *rows]
+    tables = fitted(cells, terminal_columns())
+    lines = [line for table in tables for line in aligned(table, num_left=3 if table is cells else 1)]
     for stage in stages:
         counts = sorted(stage["cleaned"].items(), key=lambda item: (-item[1], item[0]))
         lines += [f"{stage['name']}: {rule}: {count:,}" for rule, count in counts]

@@ -1,4 +1,4 @@
-"""What ``tasks.json`` holds as plain text of at most 100 columns."""
+"""What ``tasks.json`` holds as plain text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from daramgpt.tasks import quoted
 from daramgpt.tasks.data import TASKS
-from daramgpt.text_table import aligned, width_of
+from daramgpt.text_table import fitted, ruled, terminal_columns
 
 METRICS = {"accuracy": "acc", "macro_f1": "F1"}
 LEGEND = (
@@ -25,10 +25,10 @@ def format_tasks(results: dict[str, Any]) -> str:
     parts = []
     if results["summary"]:
         cells = finetuned_cells(results["summary"])
-        parts += [_ruled(aligned(cells, num_left=2)), *LEGEND, sources(quoted.FINETUNED), "", _speed(results)]
+        parts += [_table(cells, 2), *LEGEND, sources(quoted.FINETUNED), "", _speed(results)]
     if results["zero_shot"]:
         parts += [""] * bool(parts) + [
-            _ruled(aligned(zero_shot_cells(results["zero_shot"]))),
+            _table(zero_shot_cells(results["zero_shot"])),
             sources(quoted.ZERO_SHOT),
         ]
     model = results["model"]
@@ -74,7 +74,7 @@ def _speed(results: dict[str, Any]) -> str:
                 ),
             ]
         )
-    return _ruled(aligned(cells))
+    return _table(cells)
 
 
 def zero_shot_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -109,5 +109,7 @@ def sources(columns: dict[str, Any]) -> str:
     return "\n".join(["quoted, not measured here:", *(f"  {name} = {quoted.SOURCES[name]}" for name in columns)])
 
 
-def _ruled(lines: list[str]) -> str:
-    return "\n".join([lines[0], "─" * max(map(width_of, lines)), *lines[1:]])
+def _table(cells: list[list[str]], num_left: int = 1) -> str:
+    """Text of the table, or of the several that the terminal has room for."""
+    tables = fitted(cells, terminal_columns())
+    return "\n".join("\n".join(ruled(table, num_left if table is cells else 1)) for table in tables)
