@@ -251,7 +251,7 @@ def _samples(evaluation: Data) -> str:
             for sample in samples
             if sample["prompt"] == prompt
         )
-        groups.append(f'<div class="samples" lang="ko">{cards}</div><p></p>')
+        groups.append(f'<div class="samples" lang="ko">{cards}</div>')
     drawn = Sampling()
     note = f"Sampled at temperature {drawn.temperature:g}, top-p {drawn.top_p:g}, all models with the same seed."
     return section("Continuations", *groups, _soft(note)) if groups else ""

@@ -37,6 +37,7 @@ figcaption > * { margin-right: 14px; } .key { display: inline-block; white-space
 .key i { display: inline-block; width: 16px; margin-right: 6px; vertical-align: middle;
   border-top: 3px solid var(--c); } .key i.dashed { border-top-style: dashed; }
 .samples { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); }
+.samples + .samples { margin-top: 24px; }
 .sample { padding: 12px 14px; border-radius: 8px; background: var(--card); word-break: keep-all;
   overflow-wrap: anywhere; }
 .sample small { display: block; margin-bottom: 4px; color: var(--soft); }
