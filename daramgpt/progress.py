@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -29,6 +30,8 @@ from daramgpt.text_table import duration, hung
 
 # Without a terminal a line every so often is enough: a notebook keeps them all.
 PLAIN_SECONDS = 20.0
+# A notebook gives its commands a terminal, and keeps every picture that is drawn on it below the one before.
+NOTEBOOKS = ("JPY_PARENT_PID", "JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE")
 
 
 class Console:
@@ -72,6 +75,12 @@ def _route_libraries(log: Path) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def _can_redraw() -> bool:
+    """Whether the standard output is a terminal on which a picture can take the place of another."""
+    is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    return sys.stdout.isatty() and not is_dumb and not any(name in os.environ for name in NOTEBOOKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +144,7 @@ class TrainingDisplay:
         self._metrics = metrics.open("a", encoding="utf-8")
         for line in kept:
             self._keep_held_out(line)
-        if sys.stdout.isatty():
+        if _can_redraw():
             self._live = Live(console=console.rich, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> TrainingDisplay:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from daramgpt.progress import Console, Outlook, TrainingDisplay, picture
+from daramgpt.progress import NOTEBOOKS, Console, Outlook, TrainingDisplay, picture
 from daramgpt.text_table import width_of
 
 
@@ -177,6 +177,9 @@ def test_a_terminal_shows_the_picture_and_the_log_keeps_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    for name in NOTEBOOKS:
+        monkeypatch.delenv(name, raising=False)
     console = Console(tmp_path / "log.txt")
     console.rich = RichConsole(file=StringIO(), force_terminal=True, width=80, soft_wrap=True)
     asked: list[int] = []
@@ -193,6 +196,20 @@ def test_a_terminal_shows_the_picture_and_the_log_keeps_lines(
     text = console.rich.file.getvalue()
     assert "1.5000 bits per byte at step 2" in text and "a line in between" in text and len(asked) == 2
     assert "step 2/2" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("variable", [*NOTEBOOKS, "TERM"])
+def test_the_terminal_of_a_notebook_gets_plain_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, "dumb")
+    with TrainingDisplay(Console(), tmp_path / "metrics.jsonl", "student", 2, 0, lambda: OUTLOOK) as display:
+        for step in (1, 2):
+            display.step(entry(step))
+    said = capsys.readouterr().out
+    assert "student: step 2/2" in said and "step 1/2" not in said and "\x1b[1A" not in said and "ahead" not in said
 
 
 def test_a_session_begins_with_the_held_out_figure_of_the_one_before(tmp_path: Path) -> None:
