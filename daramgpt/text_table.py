@@ -100,14 +100,19 @@ def cut(text: str, columns: int) -> str:
     return f"{text}…"
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken between words, or within one that is longer."""
+def wrapped(text: str, width: int, breaks_words: bool = True) -> list[str]:
+    """Lines of at most `width` columns, broken between words, or within one that is longer.
+
+    Args:
+        breaks_words: False leaves a longer word whole: a path that is broken cannot be copied.
+    """
     lines = [""]
     for word in text.split():
+        is_whole = not breaks_words or width_of(word) <= width
         # In a line of wide letters alone a column count of width is width // 2 characters.
-        for piece in [word] if width_of(word) <= width else textwrap.wrap(word, max(1, width // 2)):
+        for piece in [word] if is_whole else textwrap.wrap(word, max(1, width // 2)):
             joined = f"{lines[-1]} {piece}" if lines[-1] else piece
-            if width_of(joined) <= width:
+            if width_of(joined) <= width or not lines[-1]:
                 lines[-1] = joined
             else:
                 lines.append(piece)
@@ -115,14 +120,17 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def hung(line: str, width: int) -> list[str]:
-    """A line of prose, what is too long of it below it, as far in as its text begins behind words set in columns."""
+    """A line of prose, what is too long of it below it, as far in as its text begins behind words set in columns.
+
+    A word that is longer than a line stays whole, and is left to the terminal.
+    """
     if width_of(line) <= width:
         return [line]
     before = re.match(r" *", line)
     columns = _COLUMNS.match(line)
     start = columns[0] if columns and width_of(columns[0]) <= MOST_INDENT else before[0] if before else ""
     indent = " " * (width_of(start) if columns else len(start) + 2)
-    first, *others = wrapped(line[len(start) :], width - len(indent))
+    first, *others = wrapped(line[len(start) :], width - len(indent), breaks_words=False)
     return [start + first, *(indent + other for other in others)]
 
 

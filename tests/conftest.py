@@ -10,6 +10,8 @@ import pytest
 # Several processes share the cores: OpenMP threads that wait in a loop would hold what another one needs, and two
 # trainings beside each other would take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tables are as wide as the terminal: in every test process the same, which xdist would not see to.
+os.environ["COLUMNS"] = "100"
 
 
 @pytest.fixture(scope="module", autouse=True)
