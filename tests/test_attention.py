@@ -235,6 +235,8 @@ batch_tokens = 192
 ds_config = "cpu"
 micro_batch_rows = 2
 [evaluation]
+points = 1
+point_tokens = 256
 heldout_tokens = 500
 """
 

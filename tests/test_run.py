@@ -72,6 +72,9 @@ micro_batch_rows = 2
 every_minutes = 0.0001
 [evaluation]
 baseline = true
+# At the ends of stages alone, and little: with the usual fifty points a tiny run does nothing else.
+points = 1
+point_tokens = 256
 heldout_tokens = 2000
 prompts = ["오늘 아침에"]
 sample_tokens = 8
