@@ -22,8 +22,6 @@ from daramgpt.planner.memory import needed_memory
 
 DOTS_PER_INCH = 110
 INK, SOFT, OURS, OTHERS = "#1d2430", "#5c6675", "#1f6feb", "#b8c0cc"
-# Batch 16 at the mean length of the web sentences, padded to the longest: positions of a step of the reference loop.
-REFERENCE_POSITIONS = 1049
 
 
 def ladder(result: dict[str, Any], path: Path) -> None:
@@ -50,8 +48,8 @@ def ladder(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white")
 
 
-def memory(forecast: Forecast, card_bytes: int, path: Path) -> dict[str, dict[str, float]]:
-    """Memory of the reference loop's step, of the planned one, and of the largest micro-batch that fits.
+def memory(forecast: Forecast, card_bytes: int, reference_positions: int, path: Path) -> dict[str, dict[str, float]]:
+    """Memory of a step of the reference loop, of so many padded positions, and of the planned one.
 
     Returns:
         What is drawn: gigabytes by component, by bar.
@@ -64,10 +62,10 @@ def memory(forecast: Forecast, card_bytes: int, path: Path) -> dict[str, dict[st
     fixed, of_position = reference_bytes(step.student, step.teacher)
     weights = 4 * step.teacher.parameters
     drawn: dict[str, dict[str, float]] = {
-        f"reference loop, {REFERENCE_POSITIONS:,} padded positions": {
+        f"reference loop, {reference_positions:,} padded positions": {
             "teacher weights": weights,
             "student, gradients, optimizer": fixed - weights,
-            "logits and activations": of_position * REFERENCE_POSITIONS,
+            "logits and activations": of_position * reference_positions,
         },
         f"DaramGPT, {step.tokens:,} tokens": _grouped(needed_memory(step).device),
     }
@@ -132,8 +130,9 @@ def main() -> int:
         context_tokens = min(recipe.curriculum.context_tokens, shape.num_positions)
         forecast = planner.forecast(recipe, arguments.gpu, shape, context_tokens, planner.curriculum_tokens(recipe))
         ladder(result, arguments.out / "ladder.png")
+        positions = result["rows"][0]["micro_batch_tokens"]
         card_bytes = machine(arguments.gpu).gpu_memory_bytes
-        drawn = memory(forecast, card_bytes, arguments.out / "memory.png")
+        drawn = memory(forecast, card_bytes, positions, arguments.out / "memory.png")
         return {"ladder": str(arguments.ladder), "memory_gigabytes": drawn}
 
     return command.run(draw, _format, arguments.json)
