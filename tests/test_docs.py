@@ -204,6 +204,20 @@ def test_links_lead_somewhere(document: str, link: str) -> None:
     assert link.startswith("https://") or ((ROOT / document).parent / link).exists()
 
 
+def headings(path: Path) -> set[str]:
+    """Of a page, as its links name them."""
+    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in found}
+
+
+@pytest.mark.parametrize(
+    ("document", "link"), every(lambda d: re.findall(r"\]\(((?!https:)[^)#]*#[^)]+)\)", text(d)))
+)
+def test_links_lead_to_headings(document: str, link: str) -> None:
+    page, heading = link.split("#")
+    assert heading in headings((ROOT / document).parent / page if page else ROOT / document)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_recipe_keys_exist(document: str) -> None:
     for span in filter(lambda span: not PATH.fullmatch(span), spans(document)):
