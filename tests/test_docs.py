@@ -210,9 +210,7 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in found}
 
 
-@pytest.mark.parametrize(
-    ("document", "link"), every(lambda d: re.findall(r"\]\(((?!https:)[^)#]*#[^)]+)\)", text(d)))
-)
+@pytest.mark.parametrize(("document", "link"), every(lambda d: re.findall(r"\]\(((?!https:)[^)#]*#[^)]+)\)", text(d))))
 def test_links_lead_to_headings(document: str, link: str) -> None:
     page, heading = link.split("#")
     assert heading in headings((ROOT / document).parent / page if page else ROOT / document)
