@@ -9,6 +9,9 @@ tokenizer as one of the two kinds that it has had from the beginning:
 * ``gpt2``, for byte-level byte-pair encoding with GPT-2's way of parting words.
 
 A tokenizer of another kind is refused: a file whose tokens are not those of training would look well and write badly.
+
+``llama`` asks for a token of each byte, to spell what the vocabulary lacks. Where a vocabulary has ``<unk>`` instead,
+tokens of bytes are added that have its embedding, and llama.cpp is told never to draw them.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import numpy as np
 from daramgpt.errors import UserError
 from daramgpt.run_directory import RunDirectory, parse_json, read_text
 
-# Of the matrices. Vectors and positions are small, and stay in fp32.
+# Of the matrices; vectors and positions are small, and stay in fp32.
 TYPES = ("f32", "f16", "q8_0")
-_BYTES = {f"<0x{value:02X}>" for value in range(256)}
+_BYTES = [f"<0x{value:02X}>" for value in range(256)]
+# What these do to a text, llama.cpp leaves undone: it hardly matters in text that is in this form already.
+_NEGLIGIBLE = {"NFC", "NFKC"}
 _BLOCK_NAMES = {
     "ln_1": "attn_norm",
     "attn.c_attn": "attn_qkv",
@@ -53,6 +58,7 @@ class Vocabulary:
         scores: by id, of ``llama``; empty for ``gpt2``.
         types: by id, ``gguf.TokenType``.
         merges: of ``gpt2``, two pieces with a space between; empty for ``llama``.
+        unknown_id: of the token for what is not known, whose embedding the last `num_added` tokens have; None = none.
     """
 
     model: str
@@ -60,6 +66,8 @@ class Vocabulary:
     scores: list[float]
     types: list[int]
     merges: list[str]
+    unknown_id: int | None = None
+    num_added: int = 0
 
 
 def export(run: RunDirectory, weight_type: str, say: Callable[[str], None]) -> Path:
@@ -93,6 +101,8 @@ def export(run: RunDirectory, weight_type: str, say: Callable[[str], None]) -> P
         _add_shape(writer, config, weight_type)
         _add_vocabulary(writer, vocabulary, config)
         for name, value in _weights(run.export / "model.safetensors"):
+            if name == "token_embd.weight" and vocabulary.num_added:
+                value = np.concatenate([value, np.repeat(value[[vocabulary.unknown_id]], vocabulary.num_added, 0)])
             kind = _type_of(name, value, weight_type)
             writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -133,12 +143,27 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
     if parting.get("type") == "Metaspace":
         if parting.get("prepend_scheme", "always") != "always":
             raise _unequal(path, "it puts no space before a text")
-        if not model["vocab"].keys() >= _BYTES:
-            raise _unequal(path, "it has no tokens of single bytes")
-        return Vocabulary("llama", tokens, _scores(tokens, merges), types, [])
+        if unlike := _normalizers(described.get("normalizer")) - _NEGLIGIBLE:
+            raise _unequal(path, f"it changes text by {', '.join(sorted(unlike))}")
+        added = [byte for byte in _BYTES if byte not in model["vocab"]]
+        unknown_id = model["vocab"].get(model.get("unk_token"))
+        if added and unknown_id is None:
+            raise _unequal(path, "it has no tokens of single bytes, and none for what it does not know")
+        types += [_kind(byte, is_special=False, is_there=True) for byte in added]
+        tokens += added
+        return Vocabulary("llama", tokens, _scores(tokens, merges), types, [], unknown_id, len(added))
     if parting.get("type") == "ByteLevel" and parting.get("use_regex", True) and not described.get("normalizer"):
         return Vocabulary("gpt2", tokens, [], types, [" ".join(pair) for pair in merges])
     raise _unequal(path, f"it parts text by {parting.get('type') or 'nothing'}")
+
+
+def _normalizers(described: dict[str, Any] | None) -> set[str]:
+    """Names of all that change a text before it is parted."""
+    if not described:
+        return set()
+    if described["type"] == "Sequence":
+        return {name for one in described["normalizers"] for name in _normalizers(one)}
+    return {described["type"]}
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
@@ -186,6 +211,9 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: dict[str, Any])
     if vocabulary.model == "llama":
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(True)
+        if vocabulary.num_added:
+            num_tokens = len(vocabulary.tokens)
+            writer.add_suppress_tokens(list(range(num_tokens - vocabulary.num_added, num_tokens)))
     else:
         writer.add_token_merges(vocabulary.merges)
         writer.add_tokenizer_pre("gpt-2")
@@ -193,6 +221,8 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: dict[str, Any])
     # The end of one document is what the next has before it; a prompt is the middle of one.
     writer.add_bos_token_id(end_id)
     writer.add_eos_token_id(end_id)
+    if vocabulary.unknown_id is not None:
+        writer.add_unk_token_id(vocabulary.unknown_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
 

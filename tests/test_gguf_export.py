@@ -142,9 +142,34 @@ def test_byte_level_tokenizers_go_in_with_their_merges(run: RunDirectory) -> Non
 
 
 def _without_bytes(described: dict[str, Any]) -> None:
-    described["model"]["vocab"] = {
-        piece.replace("<0x41>", "<0xA>"): number for piece, number in described["model"]["vocab"].items()
-    }
+    """What were bytes are pieces that never come, the first of them what is not known."""
+    model = described["model"]
+    pieces = {piece.replace("<0x", "<none"): number for piece, number in model["vocab"].items()}
+    pieces["<unk>"] = pieces.pop("<none00>")
+    model |= {"vocab": pieces, "unk_token": "<unk>", "byte_fallback": False}
+
+
+def _without_bytes_and_unknown(described: dict[str, Any]) -> None:
+    _without_bytes(described)
+    described["model"]["unk_token"] = None
+
+
+def test_what_a_vocabulary_does_not_know_is_spelt_in_tokens_that_are_never_drawn(run: RunDirectory) -> None:
+    change(run, _without_bytes)
+    path = gguf_export.export(run, "f32", lambda _: None)
+    facts, words = fields(path), AutoTokenizer.from_pretrained(run.export)
+    tokens, num_tokens, unknown_id = facts["tokenizer.ggml.tokens"], len(words) + 3, words.get_vocab()["<unk>"]
+    assert tokens[num_tokens:] == [f"<0x{value:02X}>" for value in range(256)]
+    assert facts["tokenizer.ggml.suppress_tokens"] == list(range(num_tokens, num_tokens + 256))
+    assert len(facts["tokenizer.ggml.scores"]) == len(facts["tokenizer.ggml.token_type"]) == len(tokens)
+    [embedding] = (one.data for one in gguf.GGUFReader(path).tensors if one.name == "token_embd.weight")
+    assert embedding.shape[0] == len(tokens) and (embedding[num_tokens:] == embedding[unknown_id]).all()
+    for text in ("비가 내렸다.", "비가 😀 내렸다."):
+        own = words.encode(text, add_special_tokens=False)
+        theirs = [unknown_id if one >= num_tokens else one for one in pieces_by_score(text, facts)]
+        # A letter of four bytes is four times unknown.
+        assert list(dict.fromkeys(theirs)) == list(dict.fromkeys(own))
+        assert len(theirs) == len(own) + 3 * own.count(unknown_id)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +179,8 @@ def _without_bytes(described: dict[str, Any]) -> None:
         (lambda described: described["pre_tokenizer"].update(type="Whitespace"), "it parts text by Whitespace"),
         (lambda described: described.update(pre_tokenizer=None), "it parts text by nothing"),
         (lambda described: described["pre_tokenizer"].update(prepend_scheme="never"), "puts no space before a text"),
-        (_without_bytes, "it has no tokens of single bytes"),
+        (lambda described: described.update(normalizer={"type": "Lowercase"}), "it changes text by Lowercase"),
+        (_without_bytes_and_unknown, "it has no tokens of single bytes, and none for what it does not know"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_has_no_equal_of_is_refused(
