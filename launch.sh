@@ -216,7 +216,10 @@ code=0
 daramgpt status "$recipe" "${common[@]}" "${changes[@]}" --quiet || code=$?
 if ((code != 3)); then exit "$code"; fi # 0: all is done, and it said so; 3: there is work left
 
+number=0
 for command in "${steps[@]}"; do
+    # Before the seconds in which Python imports its libraries without a word.
+    echo "-- $((++number)) of ${#steps[@]}: $command"
     choose_options "$command"
     code=0
     daramgpt "$command" "$recipe" "${options[@]}" || code=$?

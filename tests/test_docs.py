@@ -152,6 +152,10 @@ def check_command(line: str) -> None:
             source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
             for option in filter(OPTION.fullmatch, rest):
                 assert f'"{option}"' in source, option
+        case [interpreter, "-m", "pip", "install", *names] if interpreter == PYTHON:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            wanted = [one for extra in project["optional-dependencies"].values() for one in extra]
+            assert names and set(names) <= {re.split("[<>=]", one)[0] for one in wanted}
         case [interpreter, "-m", "pip", verb, *_] if interpreter == PYTHON:
             assert verb in {"freeze", "wheel"}
         case [interpreter, "-m", module, *rest] if interpreter == PYTHON and module in LINTERS:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
-from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from benchmarks.browser import browser, look
 from daramgpt import recipe, report
 from daramgpt.report import curves
 from daramgpt.report.chart import MOST_POINTS, Chart, Series, Span, as_html, save_png, thin
 from daramgpt.report.page import table
 from daramgpt.run_directory import RunDirectory, write_atomically, write_json
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 VOID = {"meta", "link", "br"}
 
 
@@ -290,43 +288,13 @@ def test_a_chart_is_the_same_every_time_has_the_page_s_colours_and_shares_no_id_
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("width", [1400, 420])
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_browser_finds_nothing_amiss(run: RunDirectory, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (1400, True), (420, False), (420, True)])
+@pytest.mark.skipif(browser() is None, reason="needs chromium")
+def test_a_browser_finds_nothing_amiss(run: RunDirectory, width: int, dark: bool) -> None:
     written(run)
-    # What a reader does not have: a script that looks for what sticks out or lies over its neighbour.
-    probe = """<script>
-        const boxes = [...document.querySelectorAll("h1, h2, p, figure, .tile, .scroll, .sample")]
-            .map(element => [element, element.getBoundingClientRect()]);
-        const faults = boxes.filter(([, box]) => box.right > innerWidth + 1 || !box.height).map(([e]) => e.outerHTML);
-        boxes.forEach(([a, x]) => boxes.forEach(([b, y]) => {
-            if (a !== b && !a.contains(b) && !b.contains(a) && x.left < y.right - 1 && y.left < x.right - 1
-                && x.top < y.bottom - 1 && y.top < x.bottom - 1) faults.push(a.outerHTML + b.outerHTML);
-        }));
-        document.querySelectorAll("svg").forEach(svg => {
-            const box = svg.getBBox();
-            if (box.width < 100 || box.height < 100) faults.push("empty picture");
-        });
-        if (document.documentElement.scrollWidth > innerWidth) faults.push("wider than the window");
-        document.title = JSON.stringify({faults, loaded: performance.getEntriesByType("resource").map(e => e.name)});
-    </script>"""
-    page = tmp_path / "probe.html"
-    page.write_text(run.report.read_text(encoding="utf-8").replace("</body>", f"{probe}</body>"), encoding="utf-8")
-    assert CHROMIUM
-    # A window of a browser without a head is no narrower than 500 pixels, so a frame has the width of a telephone.
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe src="probe.html" width="{width}" height="900"></iframe><script>onload = () => document.title = '
-        "frames[0].document.title</script>"
-    )
-    line = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    line += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]
-    line += ["--window-size=1500,1000", "--dump-dom", frame.as_uri()]
-    found = subprocess.run(line, capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", found.stdout, re.DOTALL)
-    assert title, found.stderr[-2000:]
-    assert json.loads(unescape(title[1])) == {"faults": [], "loaded": []}
-    assert "CONSOLE" not in found.stderr, found.stderr[-2000:]
+    found = look(run.report, width, dark)
+    assert found["dark"] is dark
+    assert [found[key] for key in ("faults", "requests", "console")] == [[], [], []]
 
 
 def test_report_imports_nothing_that_trains() -> None:

@@ -210,6 +210,10 @@ def export(
     public: Annotated[
         bool, typer.Option("--public", help="Where --push makes the repository, let everybody see it.")
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option("--gguf", metavar="TYPE", help="Write it for llama.cpp too, with weights in f32, f16 or q8_0."),
+    ] = None,
 ) -> None:
     """Write the student as a Hugging Face directory with a model card."""
     from daramgpt import export as exporter
@@ -219,6 +223,10 @@ def export(
         raise UserError("--public says who sees what --push uploads", "give --push OWNER/NAME too")
     resolved, directory, console = _begin(recipe, corpus, ds_config, run, settings)
     exporter.export(resolved, directory, console)
+    if gguf is not None:
+        from daramgpt import gguf_export
+
+        gguf_export.export(directory, gguf, console)
     if push is not None:
         exporter.push(directory, push, public, console)
 

@@ -223,6 +223,7 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
             return "interrupted"
     loaded = None
     if part.teacher is not None:
+        console(f"{label}: loading the teacher")
         loaded = load_teacher(part, run, frozen)
         weights = f"{frozen['teacher_precision']}, {loaded.weight_bytes / 1e6:,.1f} MB"
         console(f"teacher: {loaded.num_parameters:,} parameters, {weights}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from daramgpt import results_table
 from daramgpt.errors import UserError
 from daramgpt.ledger import entries
+from daramgpt.pace import Pace
 from daramgpt.recipe import Evaluation, Recipe
 from daramgpt.run_directory import RunDirectory, parse_json, read_json, read_text, write_json
 
@@ -123,7 +124,7 @@ def _measure(
     from transformers import AutoTokenizer
 
     from daramgpt import hardware
-    from daramgpt.evaluation.held_out import CausalModel, compare
+    from daramgpt.evaluation.held_out import CausalModel, compare, held_out_tokens
     from daramgpt.evaluation.samples import continuations
     from daramgpt.export import restore_student
     from daramgpt.shards import Shards
@@ -131,6 +132,7 @@ def _measure(
     shards = Shards(run.shards)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began = time.monotonic()
+    say("evaluation: loading the models")
     models: dict[str, Model] = {}
     sizes: dict[str, tuple[int, int]] = {}
     writers: dict[str, Any] = {}
@@ -151,14 +153,17 @@ def _measure(
             )
     stages = [stage.name for stage in shards.stages]
     say(f"evaluation: {', '.join(models)} on the held-out text of {len(stages)} stages")
+    limit = recipe.evaluation.heldout_tokens
+    pace = Pace(say, "evaluation", held_out_tokens(shards, limit))
     measured = compare(
         models,
         shards,
         stages,
-        recipe.evaluation.heldout_tokens,
+        limit,
         teachers.get(TEACHER),
         # Models are measured on rows that look to them as those they were trained on.
         document_start_id=shards.eos_token_id if recipe.curriculum.attention == "document" else None,
+        advance=pace.advance,
     )
     samples = continuations(
         writers,
@@ -166,6 +171,7 @@ def _measure(
         recipe.evaluation.prompts,
         recipe.evaluation.sample_tokens,
         recipe.seed,
+        say,
     )
     return {
         "rows": [_row(name, *sizes[name], measured[name]) for name in models],

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from daramgpt import teacher
 from daramgpt.errors import UserError
-from daramgpt.evaluation.held_out import Measured, compare, measure, measured_batches
+from daramgpt.evaluation.held_out import Measured, held_out_tokens, measure, measured_batches
 from daramgpt.evaluation.other_tokenizer import OtherRows, OwnTokenizer
+from daramgpt.pace import Pace
 from daramgpt.recipe import Recipe
 from daramgpt.run_directory import RunDirectory
 from daramgpt.shards import Shards
@@ -179,13 +180,14 @@ def _measured_row(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = teacher.load(candidate.path, "fp32", device=device, cache_dir=run.teacher_weights)
     _check(loaded)
-    stages = [stage.name for stage in shards.stages]
+    stages, label = [stage.name for stage in shards.stages], f"evaluation of {candidate.name}"
     limit, apart = recipe.evaluation.heldout_tokens, recipe.curriculum.attention == "document"
     if _reads_shards(candidate, loaded, shards):
         # As the run's own models are measured.
         reference = _reference(candidate, loaded, run, teacher_dir, device)
         start_id = shards.eos_token_id if apart else None
-        measured = compare({"model": loaded}, shards, stages, limit, reference, start_id)["model"]
+        pace = Pace(say, label, held_out_tokens(shards, limit))
+        measured = measure(loaded, shards, stages, limit, reference, start_id, pace.advance)
     else:
         context_tokens = min(candidate.max_positions, shards.context_tokens)
         rows = OtherRows(shards, candidate.tokenizer, limit, context_tokens, apart)
@@ -199,7 +201,7 @@ def _measured_row(
                 f"evaluation: {candidate.name} cannot read all of the text, {rows.num_unknown:,} of its "
                 f"{rows.num_tokens:,} tokens stand for what it does not know"
             )
-        measured = measure(loaded, rows, stages, sys.maxsize)
+        measured = measure(loaded, rows, stages, sys.maxsize, advance=Pace(say, label, rows.num_tokens).advance)
     _check_text(measured, shards, limit)
     return {
         "parameters": loaded.num_parameters,

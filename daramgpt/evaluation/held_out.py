@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +26,8 @@ from daramgpt.vector_math import choose_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from daramgpt.shards import Shards
 
 IGNORED = -100
 # 16 MB of fp32 logits a chunk and model: the allocator hands larger blocks back, and page faults then cost more than
@@ -66,6 +68,11 @@ def measured_batches(
             return
         yield batch
         num_tokens += int((batch[1] != IGNORED).sum())
+
+
+def held_out_tokens(shards: Shards, max_tokens: int) -> int:
+    """Tokens of all stages that `measured_batches` gives, but for what the last batches have too many."""
+    return sum(min(stage.heldout_tokens, max_tokens) for stage in shards.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +134,10 @@ def measure(
     max_tokens: int,
     teacher: Model | None = None,
     document_start_id: int | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Measured:
     """`compare` for one model."""
-    return compare({"model": model}, shards, stages, max_tokens, teacher, document_start_id)["model"]
+    return compare({"model": model}, shards, stages, max_tokens, teacher, document_start_id, advance)["model"]
 
 
 @torch.inference_mode()
@@ -140,6 +148,7 @@ def compare(
     max_tokens: int,
     teacher: Model | None = None,
     document_start_id: int | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, Measured]:
     """Measure models side by side on the held-out text of every stage.
 
@@ -150,6 +159,7 @@ def compare(
         max_tokens: of a stage, see `measured_batches`.
         teacher: what KL and agreement refer to; it may be one of `models` and is then run once.
         document_start_id: token that begins a document, where no model is to look across documents; None lets them.
+        advance: called with the number of tokens of each batch that was measured.
     """
     stages = list(stages)
     runners = dict(models)
@@ -166,10 +176,11 @@ def compare(
     for stage in stages:
         counted = text.setdefault(stage, {"text_bytes": 0, "tokens": 0})
         for input_ids, labels, text_bytes in measured_batches(shards, stage, max_tokens):
-            counted["tokens"] += _measure_batch(
-                runners, heads, sums, stage, input_ids, labels, teacher_name, document_start_id
-            )
+            num_tokens = _measure_batch(runners, heads, sums, stage, input_ids, labels, teacher_name, document_start_id)
+            counted["tokens"] += num_tokens
             counted["text_bytes"] += int(text_bytes)
+            if advance is not None:
+                advance(num_tokens)
     return {name: _result(sums[name], text, teacher_name is not None) for name in models}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from daramgpt.generate import Sampling, stream
+from daramgpt.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
 def continuations(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str],
+    prompts: Sequence[str],
     max_new_tokens: int,
     seed: int,
+    say: Callable[[str], None],
 ) -> list[dict[str, str]]:
     """``{prompt, model, text}`` for every prompt and model; `text` is what follows the prompt."""
-    return [
-        {
-            "prompt": prompt,
-            "model": name,
-            "text": "".join(stream(model, tokenizer, prompt, max_new_tokens, Sampling(seed=seed))),
-        }
-        for prompt in prompts
-        for name, model in models.items()
-    ]
+    found = []
+    pace = Pace(say, "samples", len(prompts) * len(models))
+    for prompt in prompts:
+        for name, model in models.items():
+            text = "".join(stream(model, tokenizer, prompt, max_new_tokens, Sampling(seed=seed)))
+            found.append({"prompt": prompt, "model": name, "text": text})
+            pace.advance(1)
+    return found

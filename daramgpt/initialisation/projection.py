@@ -12,6 +12,7 @@ Legend of shapes: R rows, T tokens a row, N = R · T, D width of the teacher, d 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from daramgpt.blocks import matching_blocks
 from daramgpt.initialisation.attention_fit import fit_attention
 from daramgpt.initialisation.mlp_fit import fit_mlp
 from daramgpt.initialisation.teacher_states import BlockStates, centred, walk
+from daramgpt.text_table import duration
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -54,7 +56,7 @@ def project(
     new.wte.weight.copy_(centred(old.wte.weight) @ basis)
     new.wpe.weight.copy_((centred(old.wpe.weight) @ basis)[: len(new.wpe.weight)])
     stream = (new.wte(input_ids) + new.wpe.weight[: input_ids.shape[1]]).flatten(0, 1)
-    groups = _groups(len(old.h), len(new.h))
+    groups, began = _groups(len(old.h), len(new.h)), time.monotonic()
     states: list[BlockStates] = []
     for one in walk(teacher, input_ids, tick):
         states.append(one)
@@ -63,7 +65,11 @@ def project(
             continue
         groups.pop(0)
         stream, share = _fit_block(new.h[group], states, stream, basis, len(input_ids), tick)
-        say(f"block {group + 1} of {len(new.h)} fitted to {len(states)} of the teacher's; {share:.0%} left")
+        seconds_left = (time.monotonic() - began) / (group + 1) * len(groups)
+        say(
+            f"block {group + 1} of {len(new.h)} fitted to {len(states)} of the teacher's, of what they add {share:.0%} "
+            f"are lacking; {duration(seconds_left)} left"
+        )
         last, states = one.after, []
     assert not groups
     _fit_last_norm(teacher, student, last, stream, frequencies)

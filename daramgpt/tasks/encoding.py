@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from daramgpt.pace import Pace
 from daramgpt.tasks.data import Example, Spare
-from daramgpt.tasks.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from daramgpt.pace import Pace
 from daramgpt.recipe import FineTuning
 from daramgpt.tasks import metrics
 from daramgpt.tasks.classifier import Classifier, padded
 from daramgpt.tasks.data import Split, Task, TaskData
 from daramgpt.tasks.encoding import Encoded, encode
-from daramgpt.tasks.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daramgpt.errors import UserError
-from daramgpt.tasks.pace import Pace
+from daramgpt.pace import Pace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
