@@ -64,17 +64,19 @@ def record(line: list[str], columns: int) -> tuple[list[Piece], int]:
     return pieces, process.wait()
 
 
-def kept_lines(pieces: list[Piece]) -> list[str]:
-    """The lines that are left at the end, by an emulated terminal so wide that no line is broken on it.
+def kept_lines(pieces: list[Piece], columns: int) -> list[str]:
+    """The lines that are left at the end; of a terminal, by an emulated one so wide that no line is broken on it.
 
     What was drawn anew over the picture before it is there once.
     """
+    if not columns:
+        return "".join(text for _, text in pieces).splitlines()
     import pyte
 
     screen = pyte.HistoryScreen(WIDE, LINES, history=100_000, ratio=0.001)
     stream = pyte.Stream(screen)
     for _, text in pieces:
-        stream.feed(text if "\x1b" in text else text.replace("\r\n", "\n").replace("\n", "\r\n"))
+        stream.feed(text)
     above = ["".join(line[column].data for column in range(WIDE)) for line in screen.history.top]
     return "\n".join(line.rstrip() for line in (*above, *screen.display)).rstrip("\n").split("\n")
 
@@ -86,7 +88,7 @@ def measure(line: list[str], columns: int, out: Path | None) -> dict[str, Any]:
         head = {"version": 2, "width": columns or 80, "height": LINES, "command": " ".join(line)}
         rows = [json.dumps(head), *(json.dumps([round(at, 3), "o", text]) for at, text in pieces)]
         out.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    lines = kept_lines(pieces)
+    lines = kept_lines(pieces, columns)
     gaps = [later - earlier for (earlier, _), (later, _) in zip([(0.0, ""), *pieces], pieces, strict=False)]
     return {
         "command": line,

@@ -101,8 +101,9 @@ def export(run: RunDirectory, weight_type: str, say: Callable[[str], None]) -> P
         _add_shape(writer, config, weight_type)
         _add_vocabulary(writer, vocabulary, config)
         for name, value in _weights(run.export / "model.safetensors"):
-            if name == "token_embd.weight" and vocabulary.num_added:
-                value = np.concatenate([value, np.repeat(value[[vocabulary.unknown_id]], vocabulary.num_added, 0)])
+            if name == "token_embd.weight" and vocabulary.unknown_id is not None:
+                unknown = value[vocabulary.unknown_id]
+                value = np.concatenate([value, np.tile(unknown, (vocabulary.num_added, 1))])
             kind = _type_of(name, value, weight_type)
             writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
         writer.write_header_to_file()
@@ -213,7 +214,10 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: dict[str, Any])
         writer.add_add_space_prefix(True)
         if vocabulary.num_added:
             num_tokens = len(vocabulary.tokens)
-            writer.add_suppress_tokens(list(range(num_tokens - vocabulary.num_added, num_tokens)))
+            # The library has no method for it yet.
+            writer.add_array(
+                "tokenizer.ggml.suppress_tokens", list(range(num_tokens - vocabulary.num_added, num_tokens))
+            )
     else:
         writer.add_token_merges(vocabulary.merges)
         writer.add_tokenizer_pre("gpt-2")

@@ -14,12 +14,12 @@ import task_folder
 import torch
 from task_folder import byte_tokenizer
 
-from daramgpt import cli, evaluation, tasks, text_table
+from daramgpt import cli, evaluation, pace, tasks, text_table
 from daramgpt.cli import exit_codes
 from daramgpt.errors import UserError
 from daramgpt.recipe import FineTuning
 from daramgpt.recipe_changes import settings_that_matter
-from daramgpt.tasks import data, encoding, finetuning, metrics, pace, quoted, table
+from daramgpt.tasks import data, encoding, finetuning, metrics, quoted, table
 from daramgpt.tasks.classifier import Classifier, padded
 
 SHARED = Path(__file__).parents[2] / "shared" / "evaluation"

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from daramgpt.initialisation.attention_fit import INPUT_RIDGE, OUTPUT_RIDGE
-from daramgpt.initialisation.least_squares import Fit, fit, moments
+from daramgpt.initialisation.attention_fit import INPUT_RIDGE
+from daramgpt.initialisation.least_squares import Fit, Moments, fit, moments
 from daramgpt.initialisation.teacher_states import BlockStates
 
 # Of so many times the student's neurons the best are found by fitting; of more, by their own size alone.
 CANDIDATES, SHARE_KEPT = 4, 0.7
-# A neuron's own size is measured on every so many'th token.
+OUTPUT_RIDGE = 0.03
+# Neurons are compared on every so many'th token: the moments of all candidates cost most.
 STRIDE = 4
 
 
@@ -57,13 +58,17 @@ def fit_mlp(
         biases.append(neurons.bias)
     weight, bias, size = torch.cat(weights, 1), torch.cat(biases), torch.cat(sizes)
     kept = size.argsort(descending=True)[: CANDIDATES * num_neurons]
-    neurons = Fit(weight[:, kept], bias[kept])
 
-    def rows(place: slice) -> torch.Tensor:
-        tick()
-        return _active(normed[place], neurons)
+    def active_moments(stride: int) -> Moments:
+        neurons, given = Fit(weight[:, kept], bias[kept]), normed[::stride]
 
-    left = moments(rows, wanted, sample_weights)
+        def rows(place: slice) -> torch.Tensor:
+            tick()
+            return _active(given[place], neurons)
+
+        return moments(rows, wanted[::stride], sample_weights[::stride])
+
+    left = active_moments(STRIDE)
     out = left.fit(OUTPUT_RIDGE)
     while len(kept) > num_neurons:
         tick()
@@ -71,6 +76,7 @@ def fit_mlp(
         best = size.argsort(descending=True)[: max(num_neurons, int(SHARE_KEPT * len(kept)))]
         kept, left = kept[best], left.of(best)
         out = left.fit(OUTPUT_RIDGE)
+    out = active_moments(1).fit(OUTPUT_RIDGE)
     # A teacher with fewer neurons than the student leaves some of the student's without an effect.
     room = num_neurons - len(kept)
     pad = torch.nn.functional.pad

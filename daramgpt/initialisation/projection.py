@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 # Tokens whose states the principal directions are those of.
-BASIS_TOKENS = 8192
+BASIS_TOKENS = 4096
 
 
 @torch.no_grad()
