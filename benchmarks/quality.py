@@ -226,8 +226,9 @@ def draw(result: Row, path: Path) -> None:
             label = row["name"] if row["seed"] == 0 else None
             xs, ys = ([point[key] for point in row["curve"]] for key in (what, "bits_per_byte"))
             axes.plot(xs, ys, marker=".", color=colours[row["name"]], label=label)
-        axes.axhline(result["teacher_bits_per_byte"], color="grey", linestyle=":")
+        axes.axhline(result["teacher_bits_per_byte"], color="grey", linestyle=":", label="teacher")
         axes.set(xscale="log", xlabel=what)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         if what == "seconds":
             axes.set_ylabel("held-out bits per byte")

@@ -25,8 +25,9 @@ from daramgpt.doctor.finding import Check
 from daramgpt.engine import PROJECTIONS
 from daramgpt.errors import UserError
 from daramgpt.initialisation import pruning
+from daramgpt.initialisation.attention_fit import Head
 from daramgpt.initialisation.layers import evenly
-from daramgpt.initialisation.least_squares import factors, fit, moments, square_root
+from daramgpt.initialisation.least_squares import Fit, factors, fit, moments, square_root
 from daramgpt.initialisation.pruning import largest, measure
 from daramgpt.initialisation.teacher_states import centred, walk
 from daramgpt.recipe import Recipe, Shape, Student, validate
@@ -130,6 +131,19 @@ def test_the_walk_sees_the_states_of_the_model(teacher: Any, input_ids: torch.Te
         torch.testing.assert_close(one.before, centred(states[number]).flatten(0, 1), rtol=1e-4, atol=1e-4)
         if number + 1 < TEACHER.n_layer:
             torch.testing.assert_close(one.after, centred(states[number + 1]).flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_averages_what_came_before_at_each_of_the_tokens_that_are_looked_at() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (Fit(torch.randn(8, 4, generator=generator), torch.randn(4, generator=generator)) for _ in "qk")
+    # A length that does not divide by the stride.
+    stream = torch.randn(3, 10, 8, generator=generator)
+    found = Head(query, key).mixed(stream.flatten(0, 1), 3, 4).view(3, 3, 8)
+    for row in range(3):
+        for place, token in enumerate((0, 4, 8)):
+            seen = stream[row, : token + 1]
+            weights = F.softmax(query(stream[row, token : token + 1]) @ key(seen).T / 2, -1)
+            torch.testing.assert_close(found[row, place], (weights @ seen)[0])
 
 
 def test_a_student_of_the_teachers_shape_is_nearly_the_teacher(teacher: Any, input_ids: torch.Tensor) -> None:

@@ -2,8 +2,9 @@
 
 Every head of these blocks is a candidate: its queries and keys, expressed in the student's stream, are cut to the
 student's head size where they keep most of the attention logits; the student's stream, averaged by these weights, is
-what a head of the student can offer. Heads are taken one by one, each time the one that, together with those that are
-there, leaves least of what the stream has yet to become.
+what a head of the student can offer, in its principal directions. Heads are taken one by one, each time the one that,
+together with those that are there, leaves least of what the stream has yet to become; then the values of all are
+fitted together.
 
 Legend of shapes: R rows, T tokens a row, N = R · T, D width of the teacher, d of the student, h of one of its heads.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from daramgpt.initialisation.least_squares import Fit, factors, fit, moments, square_root
+from daramgpt.initialisation.least_squares import Fit, factors, fit, square_root
 from daramgpt.initialisation.teacher_states import BlockStates
 
 INPUT_RIDGE = 1e-4
@@ -24,6 +25,9 @@ INPUT_RIDGE = 1e-4
 # it would do better, wipes out what that one reads, and follows the few documents that it was fitted on: the stream
 # behind the block ends further from the teacher's even on these.
 OUTPUT_RIDGE = 10.0
+# Of what a head averages, so many times its size of principal directions are looked at: all of a wide student's would
+# take most of the time.
+DIRECTIONS = 4
 # Candidates are compared on every so many'th token of a row.
 STRIDE = 4
 
@@ -50,6 +54,21 @@ class Head:
         # A row at a time: no fused kernel has values so much wider than keys, so that a row's weights are all there.
         parts = zip(queries.split(1), keys.split(1), stream.split(1), strict=True)
         return torch.cat([attend(*part, attn_mask=seen) for part in parts]).reshape(-1, normed.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What a candidate brings, at some tokens.
+
+    Attributes:
+        directions: [d, ≤ 4h], the leading principal ones of the stream that it averages, first the foremost.
+        outputs: [n, h], by the first of these, their means taken off.
+        ridge: what is added to the second moments of `outputs`, which are diagonal.
+    """
+
+    directions: torch.Tensor
+    outputs: torch.Tensor
+    ridge: torch.Tensor
 
 
 def fit_attention(
@@ -80,19 +99,29 @@ def fit_attention(
     for one in states:
         tick()
         heads += _candidates(one, normed, sample_weights, head_size)
-    chosen = _choose(heads, normed, wanted, sample_weights, num_rows, num_heads, tick)
+    thin_weights = _thinned(sample_weights, num_rows, STRIDE)
+    offers = []
+    for head in heads:
+        tick()
+        offers.append(_offer(head.mixed(normed, num_rows, STRIDE), thin_weights, head_size))
+    numbers = _choose(offers, _thinned(wanted, num_rows, STRIDE), thin_weights, num_heads, tick)
+    chosen, outputs, directions = [heads[number] for number in numbers], [], []
+    for number, head in zip(numbers, chosen, strict=True):
+        tick()
+        directions.append(offers[number].directions)
+        outputs.append(head.mixed(normed, num_rows) @ directions[-1])
     tick()
-    mixed = torch.cat([head.mixed(normed, num_rows) for head in chosen], 1)
-    whole = fit(mixed, wanted, sample_weights, OUTPUT_RIDGE)
+    whole = fit(torch.cat(outputs, 1), wanted, sample_weights, OUTPUT_RIDGE)
     share = sample_weights / sample_weights.sum()
     values = []
-    for part, weight in zip(mixed.split(width, 1), whole.weight.split(width), strict=True):
-        root = square_root(part - share @ part, share)
+    for number, (output, weight) in enumerate(zip(outputs, whole.weight.split(outputs[0].shape[1]), strict=True)):
+        root = square_root(output - share @ output, share)
         u, singular, _ = torch.linalg.svd(root.T @ weight.double(), full_matrices=False)
         scaled = u[:, :head_size] * singular[:head_size].sqrt()
-        values.append(torch.linalg.solve_triangular(root.T, scaled, upper=True).float())
-    out = torch.cat([part @ value for part, value in zip(mixed.split(width, 1), values, strict=True)], 1)
-    projection = fit(out, wanted, sample_weights, OUTPUT_RIDGE)
+        value = torch.linalg.solve_triangular(root.T, scaled, upper=True).float()
+        values.append(directions[number] @ value)
+        outputs[number] = output @ value
+    projection = fit(torch.cat(outputs, 1), wanted, sample_weights, OUTPUT_RIDGE)
     queries, keys = [head.query for head in chosen], [head.key for head in chosen]
     return {
         "c_attn.weight": torch.cat([*(one.weight for one in (*queries, *keys)), *values], 1),
@@ -133,42 +162,36 @@ def _candidates(states: BlockStates, normed: torch.Tensor, sample_weights: torch
     return found
 
 
+def _offer(mixed: torch.Tensor, sample_weights: torch.Tensor, head_size: int) -> _Offer:
+    share = sample_weights / sample_weights.sum()
+    deviations = mixed - share @ mixed
+    moment = (deviations * share[:, None]).T @ deviations
+    directions = torch.linalg.eigh(moment.double())[1].flip(1)[:, : DIRECTIONS * head_size].float()
+    return _Offer(directions, deviations @ directions[:, :head_size], OUTPUT_RIDGE * moment.trace() / len(moment))
+
+
 def _choose(
-    heads: list[Head],
-    normed: torch.Tensor,
+    offers: list[_Offer],
     wanted: torch.Tensor,
     sample_weights: torch.Tensor,
-    num_rows: int,
     num_heads: int,
     tick: Callable[[], None],
-) -> list[Head]:
-    left = wanted = _thinned(wanted, num_rows, STRIDE)
-    weights = _thinned(sample_weights, num_rows, STRIDE)
-    share = weights / weights.sum()
-    offers = []
-    for head in heads:
-        tick()
-        offers.append(head.mixed(normed, num_rows, STRIDE))
-    means, roots, ridges = [], [], []
-    for offer in offers:
-        tick()
-        one = moments(offer, wanted, weights)
-        means.append(one.input_mean)
-        roots.append(one.cholesky(OUTPUT_RIDGE))
-        ridges.append(one.added(OUTPUT_RIDGE))
+) -> list[int]:
+    """Numbers of those that together leave least of what is wanted."""
+    share = (sample_weights / sample_weights.sum())[:, None]
+    left = wanted
     chosen: list[int] = []
-    for _ in range(min(num_heads, len(heads))):
+    for _ in range(min(num_heads, len(offers))):
         tick()
-        weighted = left * share[:, None]
-        gains: dict[int, float] = {}
-        for number, (offer, mean, root, ridge) in enumerate(zip(offers, means, roots, ridges, strict=True)):
+        weighted = left * share
+        gains = {}
+        for number, offer in enumerate(offers):
             if number not in chosen:
-                cross = ((offer - mean).T @ weighted).double()
-                weight = torch.cholesky_solve(cross, root)
+                sizes = (offer.outputs.square() * share).sum(0) + offer.ridge
                 # By how much a fit lessens the squares of what is left.
-                gains[number] = float((weight * cross).sum() + ridge * weight.square().sum())
+                gains[number] = float(((offer.outputs.T @ weighted).square().sum(1) / sizes).sum())
         chosen.append(max(gains, key=lambda number: gains[number]))
-        together = torch.cat([offers[number] for number in chosen], 1)
-        left = wanted - fit(together, wanted, weights, OUTPUT_RIDGE)(together)
+        together = torch.cat([offers[number].outputs for number in chosen], 1)
+        left = wanted - fit(together, wanted, sample_weights, OUTPUT_RIDGE)(together)
     # A student with more heads than there are candidates has some twice.
-    return [heads[chosen[number % len(chosen)]] for number in range(num_heads)]
+    return [chosen[number % len(chosen)] for number in range(num_heads)]
