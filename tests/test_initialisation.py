@@ -19,6 +19,7 @@ from test_run import RECIPE, Run, assert_same
 from torch.nn import functional as F
 
 from daramgpt import initialisation, ledger, student
+from daramgpt import recipe as recipes
 from daramgpt.commands import initial_weights
 from daramgpt.doctor import needs
 from daramgpt.doctor.finding import Check
@@ -447,6 +448,28 @@ def test_damaged_weights_are_made_again(begun: Run) -> None:
     assert "made again" in begun("train", *ONE_STEP)
     assert_same(load(path.read_bytes()), weights)
     assert_same(begun.weights(), stepped)
+
+
+def test_what_a_gpu_has_no_room_for_is_made_on_the_cpu(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun("train", *ONE_STEP)
+    path, lines, places = begun.directory.initial_weights, [], []
+    expected = load(path.read_bytes())
+    path.unlink()
+    original = initialisation.project
+
+    def project(teacher: Any, model: Any, input_ids: torch.Tensor, *rest: Any) -> None:
+        places.append(str(input_ids.device))
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(teacher, model, input_ids, *rest)
+
+    monkeypatch.setattr(initialisation, "project", project)
+    recipe, console = recipes.load(str(begun.directory.recipe)), lines.append
+    run: Any = begun.directory
+    initial_weights.ensure("student", recipe, run, run, "here", StopRequest(None), console)  # type: ignore[arg-type]
+    assert places[1] == "cpu" and any("takes more than the memory of the GPU" in line for line in lines)
+    assert_same(load(path.read_bytes()), expected)
+    assert [one.reason for one in ledger.sessions(begun.directory.ledger)][-1] == "done"
 
 
 def test_a_signal_stops_the_making_and_the_next_start_does_it_again(begun: Run) -> None:

@@ -66,7 +66,7 @@ def ensure(
         What they are made from.
 
     Raises:
-        UserError: they cannot be made from this teacher, or from this model; or the memory is not enough.
+        UserError: they cannot be made from this teacher, or from this model.
     """
     import torch
 
@@ -89,15 +89,22 @@ def ensure(
         session = _Session(run, machine, stop)
         reason = "failed"
         try:
-            _make(label, part, part_run, run, made_from, session, console)
+            is_made = False
+            try:
+                _make(label, part, part_run, run, made_from, session, console, _device())
+                is_made = True
+            except torch.OutOfMemoryError:
+                console(
+                    f"{label}: making {part.student.init} weights takes more than the memory of the GPU; they are made "
+                    "on the CPU, which takes longer"
+                )
+            # Behind the handler, which keeps all that lay on the GPU.
+            if not is_made:
+                torch.cuda.empty_cache()
+                _make(label, part, part_run, run, made_from, session, console, torch.device("cpu"))
             reason = "done"
         except _StoppedError:
             reason = "interrupted"
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"student.init: {part.student.init} weights do not fit the memory of the GPU",
-                "lower student.calibration_tokens",
-            ) from None
         finally:
             session.end(reason)
         if torch.cuda.is_available():
@@ -179,15 +186,16 @@ def _make(
     made_from: str,
     session: _Session,
     console: Console,
+    device: torch.device,
 ) -> None:
     from safetensors.torch import save
 
     from daramgpt import student
 
     shards, init = open_shards(run), part.student.init
-    config, begin = _source(part, run, shards, session.tick, console)
+    config, begin = _source(part, run, shards, session.tick, console, device)
     model: Any = student.build(part.student, config.vocab_size, shards.context_tokens, shards.eos_token_id, part.seed)
-    model.to(_device()).eval()
+    model.to(device).eval()
     at_random = _bits_per_byte(model, shards, session.tick)
     trained_along = begin(model)
     if not all(bool(value.isfinite().all()) for value in (*model.parameters(), *trained_along.values())):
@@ -210,7 +218,12 @@ def _make(
 
 
 def _source(
-    part: Recipe, run: RunDirectory, shards: Shards, tick: Callable[[], None], console: Console
+    part: Recipe,
+    run: RunDirectory,
+    shards: Shards,
+    tick: Callable[[], None],
+    console: Console,
+    device: torch.device,
 ) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
     """The teacher's configuration, and what gives a student its weights and returns those that are trained along."""
     from daramgpt import initialisation, teacher
@@ -222,7 +235,7 @@ def _source(
         console(f"  {line}")
 
     def load_teacher() -> Teacher:
-        loaded = teacher.load(folder, "fp32", device=_device(), cache_dir=run.teacher_weights)
+        loaded = teacher.load(folder, "fp32", device=device, cache_dir=run.teacher_weights)
         tick()
         return loaded
 
@@ -237,7 +250,7 @@ def _source(
         initialisation.check_tokenizer(other, shards.tokenizer_dir)
         console(f"student: taking {_said(part.student)}")
         try:
-            model: Any = teacher.load(other, "fp32", device=_device(), cache_dir=run.teacher_weights).model
+            model: Any = teacher.load(other, "fp32", device=device, cache_dir=run.teacher_weights).model
         except UserError as error:
             raise initialisation.of_init_model(error) from None
         tick()
@@ -248,7 +261,7 @@ def _source(
             if not part.loss.hidden_weight:
                 return {}
             rows = initialisation.calibration_rows(shards, part.student.calibration_tokens, part.seed)
-            return fit_projections(load_teacher(), student, rows.to(_device()))
+            return fit_projections(load_teacher(), student, rows.to(device))
 
         return config, take
     initialisation.check(config, part.student)
@@ -259,8 +272,8 @@ def _source(
 
     def fit(student: Any) -> dict[str, torch.Tensor]:
         given: Any = frozen.model
-        make(given, student, rows.to(_device()), say, tick)
-        return fit_projections(frozen, student, rows.to(_device())) if part.loss.hidden_weight else {}
+        make(given, student, rows.to(device), say, tick)
+        return fit_projections(frozen, student, rows.to(device)) if part.loss.hidden_weight else {}
 
     return config, fit
 
