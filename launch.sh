@@ -77,6 +77,27 @@ choose_options() { # of a step
 bootstrap() { PYTHONPATH=$here "$1" -P -B -m daramgpt.bootstrap "${@:2}"; }
 complete() { [[ -f $1 && $(bootstrap "$venv/bin/python" key 2>/dev/null) == "$(<"$1")" ]]; }
 installed=$venv/installed${extra:+-$extra}
+# Installing takes minutes. How many packages there are, pip knows when it has asked for all of them.
+pip_action() {
+    local line name
+    line=$(grep -aE '^ *(Collecting|Downloading|Installing collected packages) ?' "$venv/install.log" | tail -n 1) || true
+    if [[ $line == Installing* ]]; then
+        line=${line//[^,]/}
+        echo "$(find "$venv"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l) of $((${#line} + 1)) in place"
+    elif read -r _ name _ <<<"$line" && name=${name##*/} && [[ $name ]]; then
+        echo "fetching ${name%%[<>=!~;(]*}"
+    fi
+}
+say_pip_actions() { # once a second on a terminal, twice a minute in a log, until it is killed or the script is gone
+    local seconds every=30 form='  %-30s %5d s  %s\n'
+    if [[ -t 1 ]]; then every=1 form='\r\e[K  %-30s %5d s  %.38s'; fi
+    for ((seconds = 1; ; seconds++)); do
+        sleep 1 &>/dev/null
+        kill -0 $$ 2>/dev/null || return
+        ((seconds % every == 0)) || continue
+        printf "$form" packages "$seconds" "$(pip_action)"
+    done
+}
 
 if [[ -z $dry_run ]] && command -v flock >/dev/null; then # two launches must not install into one environment
     exec 9<"${BASH_SOURCE[0]}"
@@ -130,7 +151,8 @@ if [[ -n $dry_run ]]; then
 fi
 
 if [[ -n ${python:-} ]]; then
-    echo "Set-up: python $python_version, torch $torch ($why)"
+    echo "Set-up: python $python_version"
+    echo "  torch $torch: $why"
     if ! complete "$venv/installed"; then
         SECONDS=0
         fault=$("${make[@]}" 2>&1) ||
@@ -145,7 +167,14 @@ if [[ -n ${python:-} ]]; then
     fi
     SECONDS=0
     rm -f "$venv"/installed*
-    if ! "${install[@]}" &>"$venv/install.log"; then
+    : >"$venv/install.log"
+    say_pip_actions 9<&- & # without the lock
+    speaker=$! code=0
+    "${install[@]}" &>"$venv/install.log" || code=$?
+    kill "$speaker" 2>/dev/null || true
+    wait "$speaker" 2>/dev/null || true
+    if [[ -t 1 ]]; then printf '\r\e[K'; fi
+    if ((code)); then
         { grep -iE 'error|no space' "$venv/install.log" || cat "$venv/install.log"; } | tail -n 8 >&2
         fail "the installation failed: see above, or all of $venv/install.log; mend that and run the same command again"
     fi

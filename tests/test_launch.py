@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +42,11 @@ esac
 VENV_PYTHON = """\
 #!/bin/sh
 case "$*" in
-*"-m pip"*) echo "pip $*" >>"$CALLS"; echo "ERROR: pip says so"; exit "${PIP_CODE:-0}" ;;
+*"-m pip"*)
+    echo "pip $*" >>"$CALLS"
+    echo "Collecting torch>=2 (from daramgpt)"
+    sleep "${PIP_SECONDS:-0}"
+    echo "ERROR: pip says so"; exit "${PIP_CODE:-0}" ;;
 *"-m pytest"*) echo "pytest in $PWD: $*" >>"$CALLS"; exit "${PYTEST_CODE:-0}" ;;
 esac
 PYTHONPATH=$CHECKOUT exec {python} -S "$@"
@@ -279,6 +286,24 @@ def test_a_failed_installation_says_why_and_is_redone(checkout: Checkout) -> Non
     assert checkout.steps() == []
     assert checkout.launch(STATUS_CODE="0").returncode == 0
     assert len(checkout.calls("pip")) == 2
+
+
+def test_a_terminal_shows_what_pip_does(checkout: Checkout) -> None:
+    ours, its = pty.openpty()
+    line = ["bash", str(checkout.path / "launch.sh")]
+    environment = {**checkout.environment, "PIP_SECONDS": "2.5"}
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=its, stderr=its, env=environment)
+    os.close(its)
+    text = b""
+    with contextlib.suppress(OSError):  # a terminal's end
+        while data := os.read(ours, 4096):
+            text += data
+    os.close(ours)
+    assert process.wait(60) == 0, text
+    said = text.decode()
+    assert re.search(r"\r\x1b\[K  packages +1 s  fetching torch\r\x1b\[K  packages +2 s  fetching torch", said)
+    # What is left of it is one line.
+    assert re.search(r"fetching torch\r\x1b\[K  packages +\d s\r\n", said) and "Terminated" not in said
 
 
 def test_wheels_are_used_without_an_index(checkout: Checkout) -> None:
