@@ -152,7 +152,13 @@ def test_a_planner_that_is_ended_leaves_no_candidate_behind(tmp_path: Path, numb
     code += f"; sys.executable = {str(python)!r}; probe.try_in_subprocess([], {PLAN!r}, {{'PATH': '/bin:/usr/bin'}}"
     code += f", Path({str(tmp_path / 'log')!r}))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    planner_process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+    planner_process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stderr=subprocess.PIPE,
+        # A suite in the background of a shell ignores Ctrl-C, and Python then leaves it at that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "child").exists():
         assert planner_process.poll() is None and time.monotonic() < deadline
