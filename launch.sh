@@ -89,13 +89,13 @@ pip_action() {
     fi
 }
 say_pip_actions() { # once a second on a terminal, twice a minute in a log, until it is killed or the script is gone
-    local seconds every=30 form='  %-30s %5d s  %s\n'
+    local every=30 form='  %-30s %5d s  %s\n'
     if [[ -t 1 ]]; then every=1 form='\r\e[K  %-30s %5d s  %.38s'; fi
-    for ((seconds = 1; ; seconds++)); do
-        sleep 1 &>/dev/null
-        kill -0 $$ 2>/dev/null || return
-        ((seconds % every == 0)) || continue
-        printf "$form" packages "$seconds" "$(pip_action)"
+    local next=$every
+    while sleep 1 &>/dev/null && kill -0 $$ 2>/dev/null; do
+        ((SECONDS >= next)) || continue
+        next=$((SECONDS + every))
+        printf "$form" packages "$SECONDS" "$(pip_action)"
     done
 }
 
