@@ -58,7 +58,7 @@ def measure(run: RunDirectory, num_documents: int) -> dict[str, Any]:
     own_next = _next_by_transformers(run.export, [tokenizer.encode(prompt) for prompt in prompts])
     rows = []
     with tempfile.TemporaryDirectory(prefix="daramgpt-gguf-") as scratch:
-        # Beside a folder that is not the user's.
+        # Written beside a link, for the user's run is to stay as it is.
         copied = RunDirectory(Path(scratch))
         copied.export.symlink_to(run.export.resolve(), target_is_directory=True)
         for weight_type in TYPES:
