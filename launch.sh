@@ -84,8 +84,9 @@ pip_action() {
     if [[ $line == Installing* ]]; then
         line=${line//[^,]/}
         echo "$(find "$venv"/lib/python3*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l) of $((${#line} + 1)) in place"
-    elif read -r _ name _ <<<"$line" && name=${name##*/} && [[ $name ]]; then
-        echo "fetching ${name%%[<>=!~;(]*}"
+    elif read -r _ name _ <<<"$line" && [[ $name ]]; then
+        name=${name##*/} name=${name%%-[0-9]*}
+        echo "fetching ${name%%[<>=!~;([]*}"
     fi
 }
 say_pip_actions() { # once a second on a terminal, twice a minute in a log, until it is killed or the script is gone

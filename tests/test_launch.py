@@ -45,6 +45,7 @@ case "$*" in
 *"-m pip"*)
     echo "pip $*" >>"$CALLS"
     echo "Collecting torch>=2 (from daramgpt)"
+    echo "  Downloading torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl (180 MB)"
     sleep "${PIP_SECONDS:-0}"
     echo "ERROR: pip says so"; exit "${PIP_CODE:-0}" ;;
 *"-m pytest"*) echo "pytest in $PWD: $*" >>"$CALLS"; exit "${PYTEST_CODE:-0}" ;;
@@ -301,7 +302,7 @@ def test_a_terminal_shows_what_pip_does(checkout: Checkout) -> None:
     os.close(ours)
     assert process.wait(60) == 0, text
     said = text.decode()
-    assert re.search(r"\r\x1b\[K  packages +1 s  fetching torch\r\x1b\[K  packages +2 s  fetching torch", said)
+    assert re.search(r"\r\x1b\[K  packages +1 s  fetching torch\r\x1b\[K  packages +2 s  fetching torch\r", said)
     # What is left of it is one line.
     assert re.search(r"fetching torch\r\x1b\[K  packages +\d s\r\n", said) and "Terminated" not in said
 
