@@ -119,6 +119,7 @@ def make_plans(
     device = torch.device("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
     num_threads = max(1, machine.num_cores // ranks_here)
     torch.set_num_threads(num_threads)
+    say("timing this machine: matrix products")
     rate = planner.gemm_rate(dtype, (1024, 2048) if device.type == "cpu" else (4096, 8192), device)
     for part in parts:
         if part.old is not None:
@@ -134,7 +135,7 @@ def make_plans(
             ds_config=config_name,
             device=machine.device,
         )
-        rates = _rates(part.recipe, machine, device)
+        rates = _rates(part, machine, device, say)
         precision = chosen.teacher_precision
         if part.recipe.teacher is not None:
             if part.recipe.teacher.precision != "auto":
@@ -184,12 +185,14 @@ def _in_place_of(old: dict[str, Any], new: dict[str, Any], part: Part) -> dict[s
     return {**new, "replaced": [*old.get("replaced", []), record]}
 
 
-def _rates(recipe: Recipe, machine: hardware.Machine, device: torch.device) -> planner.RatesOf:
+def _rates(part: Part, machine: hardware.Machine, device: torch.device, say: Callable[[str], None]) -> planner.RatesOf:
     """Timed on the device; by its data sheet where that is a GPU that torch does not see."""
     key = gpu_table.table_key(machine.gpus[0].name) if machine.gpus and device.type == "cpu" else None
+    teacher = part.recipe.teacher
     if key is None:
-        return partial(planner.measure, recipe=recipe, device=device)
-    half_accumulation = recipe.teacher is not None and recipe.teacher.half_accumulation
+        say(f"timing this machine: {part.label}")
+        return partial(planner.measure, recipe=part.recipe, device=device)
+    half_accumulation = teacher is not None and teacher.half_accumulation
     return lambda step: planner.of_gpu(key, step.dtype, half_accumulation)
 
 

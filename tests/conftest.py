@@ -34,7 +34,11 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files, so that no core waits for one of them at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the long files, so that no core waits for one of them at the end; leave out what takes minutes."""
+    is_wanted = "slow" in config.option.markexpr or any("::" in one for one in config.args)
+    for item in items:
+        if item.get_closest_marker("slow") and not is_wanted:
+            item.add_marker(pytest.mark.skip(reason="takes long: bash launch.sh test -m slow"))
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))

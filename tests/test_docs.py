@@ -18,31 +18,15 @@ from typing import Any, get_args
 import pytest
 import test_house
 import typer.main
+from documents import DOCUMENTS, PYTHON, ROOT, commands, shell_lines, spans, text
 
 from daramgpt import ds_config
 from daramgpt import recipe as recipes
 from daramgpt.cli import app
 from daramgpt.run_directory import RunDirectory
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = (
-    "README.md",
-    "README.ko.md",
-    "CONTRIBUTING.md",
-    "docs/corpora.md",
-    "docs/evaluation.md",
-    "docs/how-it-works.md",
-    "docs/kaggle.md",
-    "docs/recipes.md",
-    "docs/sessions.md",
-    "docs/several-gpus.md",
-    "docs/student.md",
-    "docs/teacher.md",
-    "docs/troubleshooting.md",
-)
 LAUNCH = (ROOT / "launch.sh").read_text(encoding="utf-8")
 IGNORED = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()}
-PYTHON = ".venv/bin/python"
 LINTERS = {"pytest", "ruff", "mypy"}
 # Words that stand for what a reader has, and what stands for them when a command is tried.
 PLACEHOLDERS = {
@@ -56,25 +40,6 @@ ELSEWHERE = ("/kaggle/", "/content/")
 PATH = re.compile(r"\S*/\S*|[\w.-]+\.(?:py|md|json|jsonl|toml|sh|html|txt)")
 OPTION = re.compile(r"--[a-z][a-z-]*")
 KEY = re.compile(r"([a-z_]+)\.([a-z_]+)")
-
-
-def text(document: str) -> str:
-    return (ROOT / document).read_text(encoding="utf-8")
-
-
-def commands(document: str) -> list[str]:
-    """Lines of the shell blocks."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", text(document), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def spans(document: str) -> list[str]:
-    """Code in running text."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text(document), flags=re.MULTILINE | re.DOTALL))
-
-
-def is_command(span: str) -> bool:
-    return span.startswith(("bash ", f"{PYTHON} ", "python "))
 
 
 def every(find: Any) -> list[Any]:
@@ -185,7 +150,7 @@ def exists(path: str) -> bool:
     return (ROOT / top).is_dir() if "<" in plain else (ROOT / plain).exists()
 
 
-@pytest.mark.parametrize(("document", "line"), every(lambda d: [*commands(d), *filter(is_command, spans(d))]))
+@pytest.mark.parametrize(("document", "line"), every(commands))
 def test_commands_are_taken(document: str, line: str) -> None:
     check_command(line)
 
@@ -231,7 +196,7 @@ def test_recipe_keys_exist(document: str) -> None:
 
 
 def test_both_readmes_show_the_same() -> None:
-    assert commands("README.md") == commands("README.ko.md")
+    assert shell_lines("README.md") == shell_lines("README.ko.md")
     assert sorted(spans("README.md")) == sorted(spans("README.ko.md"))
     printed = [re.findall(r"^```text\n.*?^```", text(name), re.MULTILINE | re.DOTALL) for name in DOCUMENTS[:2]]
     assert printed[0]

@@ -32,6 +32,7 @@ from daramgpt.initialisation.least_squares import Fit, factors, fit, moments, sq
 from daramgpt.initialisation.pruning import largest, measure
 from daramgpt.initialisation.teacher_states import centred, walk
 from daramgpt.recipe import Recipe, Shape, Student, validate
+from daramgpt.run_directory import RunDirectory
 from daramgpt.teacher.activations import fuse_gelu
 from daramgpt.tokenizer import train_tokenizer
 from daramgpt.train import StopRequest
@@ -344,6 +345,12 @@ def test_the_doctor_knows_by_configurations_alone(teacher: Any, tmp_path: Path) 
         return next(needs.initialisation(recipe_of(folder, **options)), None)
 
     assert found() is None
+    for options, said in (
+        ({"init": "auto"}, "begins with weights projected from the teacher"),
+        ({"init": "auto", "n_embd": 64}, "begins with random weights (student.init"),
+    ):
+        check = found(**options)
+        assert check is not None and not check.blocks and said in check.text, check
     for options in ({"init": "projected"}, {"init": "pruned"}, {"init": "layers", "init_model": str(same)}):
         check = found(**options)
         assert check is not None and not check.blocks, check
@@ -409,6 +416,24 @@ def test_a_run_begins_with_them_once_and_their_time_counts(begun: Run) -> None:
     assert reasons(begun) == [MADE, STEPPED, STEPPED]
 
 
+def test_auto_is_projected_where_the_teacher_allows_it(begun: Run) -> None:
+    recipe = begun.directory.recipe
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace('"projected"', '"auto"'), encoding="utf-8")
+    assert "before any training" in begun("train", *ONE_STEP)
+    # The session after knows the checkpoint for its own.
+    assert "goes on from step 1" in begun("train", *ONE_STEP)
+    assert reasons(begun) == [MADE, STEPPED, STEPPED]
+
+
+def test_auto_is_random_beside_a_smaller_teacher(teacher: Any, tmp_path: Path) -> None:
+    saved(teacher, tmp_path, "한 줄이다")
+    lines: list[str] = []
+    run, console = RunDirectory(tmp_path / "run"), lines.append
+    found = initial_weights.settled("student", recipe_of(tmp_path, init="auto", n_embd=64), run, console)  # type: ignore[arg-type]
+    assert found.student.init == "random"
+    assert len(lines) == 1 and "random weights" in lines[0] and "larger than the teacher (32/4/4)" in lines[0]
+
+
 def test_projections_of_hidden_states_begin_fitted(begun: Run) -> None:
     text = begun.directory.recipe.read_text(encoding="utf-8")
     assert "hidden_weight = 0.0" in text
@@ -450,26 +475,47 @@ def test_damaged_weights_are_made_again(begun: Run) -> None:
     assert_same(begun.weights(), stepped)
 
 
-def test_what_a_gpu_has_no_room_for_is_made_on_the_cpu(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_on_a_gpu_is_made_on_the_cpu(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     begun("train", *ONE_STEP)
     path, lines, places = begun.directory.initial_weights, [], []
     expected = load(path.read_bytes())
     path.unlink()
-    original = initialisation.project
+    original = initial_weights._make
 
-    def project(teacher: Any, model: Any, input_ids: torch.Tensor, *rest: Any) -> None:
-        places.append(str(input_ids.device))
-        if len(places) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        original(teacher, model, input_ids, *rest)
+    def make(*arguments: Any) -> None:
+        places.append(arguments[-1].type)
+        if places[-1] == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")
+        original(*arguments)
 
-    monkeypatch.setattr(initialisation, "project", project)
+    monkeypatch.setattr(initial_weights, "_make", make)
+    monkeypatch.setattr(initial_weights, "_device", lambda: torch.device("cuda", 0))
     recipe, console = recipes.load(str(begun.directory.recipe)), lines.append
     run: Any = begun.directory
     initial_weights.ensure("student", recipe, run, run, "here", StopRequest(None), console)  # type: ignore[arg-type]
-    assert places[1] == "cpu" and any("takes more than the memory of the GPU" in line for line in lines)
+    assert places == ["cuda", "cpu"]
+    assert any("failed on the GPU (CUDA out of memory. Tried to);" in line for line in lines)
     assert_same(load(path.read_bytes()), expected)
     assert [one.reason for one in ledger.sessions(begun.directory.ledger)][-1] == "done"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no such product"), UserError("no teacher", "give one")])
+def test_what_fails_on_a_cpu_or_by_the_user_is_not_tried_again(
+    begun: Run, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    tried: list[Any] = []
+
+    def make(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise fault
+
+    monkeypatch.setattr(initial_weights, "_make", make)
+    device = "cpu" if isinstance(fault, RuntimeError) else "cuda"
+    monkeypatch.setattr(initial_weights, "_device", lambda: torch.device(device))
+    recipe, run = recipes.load(str(begun.directory.recipe)), begun.directory
+    with pytest.raises(type(fault)):
+        initial_weights.ensure("student", recipe, run, run, "here", StopRequest(None), print)  # type: ignore[arg-type]
+    assert len(tried) == 1 and [one.reason for one in ledger.sessions(run.ledger)] == ["failed"]
 
 
 def test_a_signal_stops_the_making_and_the_next_start_does_it_again(begun: Run) -> None:

@@ -41,6 +41,29 @@ class _StoppedError(Exception):
     """A signal asked to stop."""
 
 
+def settled(label: str, part: Recipe, run: RunDirectory, console: Console) -> Recipe:
+    """With what ``student.init = "auto"`` stands for beside this teacher.
+
+    Args:
+        label: of the training, for people.
+        part: the training whose student it is.
+        run: the whole run, for the teacher.
+        console: for a line where random weights stand for it.
+
+    Raises:
+        UserError: the teacher's configuration cannot be read.
+    """
+    if part.student.init != "auto":
+        return part
+    from daramgpt import initialisation
+
+    config = initialisation.read_config(teacher_dir(part, run), "teacher.model")
+    student, fault = initialisation.settled(part.student, config)
+    if fault:
+        console(f"{label}: begins with random weights ({fault})")
+    return part.model_copy(update={"student": student})
+
+
 def ensure(
     label: str,
     part: Recipe,
@@ -56,7 +79,7 @@ def ensure(
 
     Args:
         label: of the training, for people and the ledger.
-        part, part_run: the training whose student it is; its ``student.init`` is not random.
+        part, part_run: the training whose student it is; its ``student.init`` is neither random nor auto.
         run: the whole run, for shards, teacher and ledger.
         machine: name for the ledger.
         stop: when to stop before the end; its deadline is not looked at.
@@ -89,18 +112,21 @@ def ensure(
         session = _Session(run, machine, stop)
         reason = "failed"
         try:
-            is_made = False
+            device, fault = _device(), ""
             try:
-                _make(label, part, part_run, run, made_from, session, console, _device())
-                is_made = True
-            except torch.OutOfMemoryError:
-                console(
-                    f"{label}: making {part.student.init} weights takes more than the memory of the GPU; they are made "
-                    "on the CPU, which takes longer"
-                )
+                _make(label, part, part_run, run, made_from, session, console, device)
+            except RuntimeError as error:
+                # Its memory, most likely; or its libraries, which factorise otherwise than those of a CPU.
+                if device.type == "cpu":
+                    raise
+                fault = str(error).splitlines()[0]
             # Behind the handler, which keeps all that lay on the GPU.
-            if not is_made:
+            if fault:
                 torch.cuda.empty_cache()
+                console(
+                    f"{label}: making {part.student.init} weights failed on the GPU ({fault}); they are made on the "
+                    "CPU, which takes longer"
+                )
                 _make(label, part, part_run, run, made_from, session, console, torch.device("cpu"))
             reason = "done"
         except _StoppedError:

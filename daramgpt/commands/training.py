@@ -212,10 +212,12 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
     from daramgpt import train
 
     initial = None
-    if saved is None and part.student.init != "random":
+    # Its checkpoints know it by the recipe's own word.
+    beginning = initial_weights.settled(label, part, run, console) if saved is None else part
+    if saved is None and beginning.student.init != "random":
         initial = part_run.initial_weights
         # The first rank makes them; the others wait here.
-        made_from = initial_weights.ensure(label, part, part_run, run, session.machine, session.stop, console)
+        made_from = initial_weights.ensure(label, beginning, part_run, run, session.machine, session.stop, console)
         launcher.check_agreement({"settings of the initial weights": made_from}, run.log)
         launcher.check_agreement({"the initial weights": initial_weights.digest(initial)}, run.log)
         if not initial_weights.stand(initial, made_from):

@@ -2,8 +2,7 @@
 
 `projection` makes the nearest thing to its teacher that its shape can be, `pruning` a part of the teacher that is
 chosen by importance, `layers` takes blocks of another model of its width. `hidden_states` fits what a loss of hidden
-states compares them by. `checks` says by configurations alone whether
-a recipe can have that.
+states compares them by. `checks` says by configurations alone whether a recipe can have that.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from daramgpt.initialisation.checks import (
     find,
     of_init_model,
     read_config,
+    settled,
 )
 from daramgpt.initialisation.hidden_states import fit_projections
 from daramgpt.initialisation.layers import take_layers
@@ -36,6 +36,7 @@ __all__ = [
     "project",
     "prune",
     "read_config",
+    "settled",
     "take_layers",
 ]
 

@@ -36,6 +36,9 @@ def check_recipe(recipe: Recipe) -> str:
         config = read_config(teacher_dir, "teacher.model")
         context = min(context, int(getattr(config, "max_position_embeddings", context)))
     if student.init != "layers":
+        student, fault = settled(student, config)
+        if fault:
+            return f"random weights ({fault})"
         check(config, student)
         return f"weights {student.init} from the teacher"
     model_dir = find(student, only_config=True)
@@ -80,6 +83,26 @@ def read_config(model_dir: Path, key: str) -> Any:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {model_dir}/config.json: {error}", "give a causal language model") from None
+
+
+def settled(student: Student, config: Any) -> tuple[Student, str]:
+    """With what ``"auto"`` stands for, where that is its ``init``: projected from the teacher where that can be.
+
+    Args:
+        student: as the recipe has it.
+        config: the teacher's.
+
+    Returns:
+        The student, and why it is to begin with random weights instead; empty where it is not.
+    """
+    if student.init != "auto":
+        return student, ""
+    projected = student.model_copy(update={"init": "projected"})
+    try:
+        check(config, projected)
+    except UserError as error:
+        return student.model_copy(update={"init": "random"}), error.fault
+    return projected, ""
 
 
 def check(config: Any, student: Student) -> None:

@@ -54,11 +54,12 @@ class Teacher(Section):
 class Student(Shape):
     """The model that is trained; vocabulary and tokenizer are the teacher's."""
 
-    init: Literal["random", "projected", "pruned", "layers"] = Field(
+    init: Literal["auto", "random", "projected", "pruned", "layers"] = Field(
         "random",
         description="start of the weights; projected: those of a GPT-2 teacher, fitted to the student's shape by least "
         "squares on text of the curriculum, in minutes; pruned: the channels, heads and neurons that such a teacher "
-        "uses most on that text; layers: blocks of init_model",
+        "uses most on that text; layers: blocks of init_model; auto: projected where the teacher is a GPT-2 and no "
+        "smaller than the student, else random",
     )
     init_model: PathText | None = Field(
         None,
