@@ -67,6 +67,7 @@ def undisturbed(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one_then_two_of_other_stages_and_micro_batches(
     teacher: Path, undisturbed: Run, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_two_ranks_then_one_then_two_of_other_stages_and_micro_batches(
     assert run.directory.plan.read_bytes() == frozen
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_lost_goes_on_from_its_copy(teacher: Path, undisturbed: Run, tmp_path: Path) -> None:
     run, drive, seen = prepared(tmp_path / "first", teacher), tmp_path / "drive", tmp_path / "seen.txt"
     drive.mkdir()

@@ -198,7 +198,7 @@ FORGETFUL = {f"zero-{stage} without its state": Case(zero(stage), forgets=True) 
 EIGHT_BIT = {f"zero-{stage} with 8-bit moments": Case(zero(stage), "adamw-8bit", is_wide=True) for stage in (0, 2, 3)}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one-rank", "two-ranks"])
 def losses(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     return losses_on(request.param, EXACT | IN_BF16 | FORGETFUL | EIGHT_BIT, folder)

@@ -26,7 +26,7 @@ from daramgpt.run_directory import RunDirectory, write_json
 from daramgpt.shards import Feed, Shards
 
 # Times as many examples as by default.
-FACTOR = float(os.environ.get("FUZZ_FACTOR", "1"))
+FACTOR = float(os.environ.get("FUZZ_FACTOR", "0.4"))
 RECIPE = """
 name = "tiny"
 [corpus]
@@ -236,7 +236,7 @@ def fuzzed(num_examples: int) -> Callable[[Any], Any]:
     return settings(
         max_examples=max(1, round(FACTOR * num_examples)),
         deadline=None,
-        derandomize=FACTOR == 1,
+        derandomize="FUZZ_FACTOR" not in os.environ,
         database=None,
         phases=[Phase.explicit, Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),

@@ -173,6 +173,7 @@ def test_a_plateau_is_said_once_a_stage_and_ends_nothing(texts: Path, tmp_path: 
     assert max(points(training)) == training.plan["num_steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_wide_window")
 def test_where_asked_to_the_decay_begins_at_the_plateau_also_after_a_restart(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from daramgpt.doctor.finding import Check
 from daramgpt.engine import PROJECTIONS
 from daramgpt.errors import UserError
 from daramgpt.initialisation import pruning
-from daramgpt.initialisation.attention_fit import Head
+from daramgpt.initialisation.attention_fit import Head, fit_attention
 from daramgpt.initialisation.layers import evenly
 from daramgpt.initialisation.least_squares import Fit, factors, fit, moments, square_root
 from daramgpt.initialisation.pruning import largest, measure
@@ -146,6 +146,21 @@ def test_a_head_averages_what_came_before_at_each_of_the_tokens_that_are_looked_
             seen = stream[row, : token + 1]
             weights = F.softmax(query(stream[row, token : token + 1]) @ key(seen).T / 2, -1)
             torch.testing.assert_close(found[row, place], (weights @ seen)[0])
+
+
+@torch.no_grad()
+def test_attention_hardly_follows_what_is_noise(teacher: Any, input_ids: torch.Tensor) -> None:
+    """Fitted closely it learns the texts that it was fitted on, and the student ends farther from its teacher."""
+    rows, width, num_heads = input_ids[:4], 16, 2
+    generator = torch.Generator().manual_seed(5)
+    stream, wanted = (torch.randn(rows.numel(), width, generator=generator) for _ in range(2))
+    model = student.build(Shape(n_embd=width, n_head=num_heads, n_layer=1), VOCAB, CONTEXT, 0, 0)
+    attention = model.transformer.h[0].attn
+    states = [next(walk(teacher, rows))]
+    weights = fit_attention(states, stream, wanted, torch.ones(len(stream)), len(rows), num_heads, lambda: None)
+    attention.load_state_dict(weights, strict=False)
+    added = attention(stream.view(len(rows), -1, width))[0].flatten(0, 1)
+    assert 0.9 < (wanted - added).square().sum() / wanted.square().sum() < 1
 
 
 def test_a_student_of_the_teachers_shape_is_nearly_the_teacher(teacher: Any, input_ids: torch.Tensor) -> None:
@@ -543,6 +558,7 @@ def test_a_kill_leaves_what_was_used(begun: Run, monkeypatch: pytest.MonkeyPatch
     assert reasons(begun) == [("initial weights", "died"), MADE, STEPPED]
 
 
+@pytest.mark.slow
 def test_both_ranks_begin_with_them(begun: Run) -> None:
     """The first one makes them, and both train what one process would."""
     begun.start("train", *ONE_STEP).wait(300)
@@ -562,6 +578,7 @@ def test_both_ranks_begin_with_them(begun: Run) -> None:
         assert value.allclose(alone[name], rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_for_a_signal_in_the_making(begun: Run) -> None:
     begun.directory.plan.unlink()
     begun("plan", "--num-gpus", "2")

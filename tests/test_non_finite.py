@@ -60,7 +60,7 @@ IN_FP16 = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-rank", "two-ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one-rank", "two-ranks"])
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return seen_on(request.param, CASES | IN_FP16, tmp_path_factory.mktemp(f"ranks-{request.param}"))
 

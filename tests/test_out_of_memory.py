@@ -177,6 +177,7 @@ def on_two_ranks(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {key: (case, training) for (key, case), training in zip(cases.items(), trainings, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "place"), SHARED)
 def test_two_ranks_leave_the_step_together_and_lose_nothing(
     stage: str, place: str, on_two_ranks: dict[tuple[str, str], tuple[Case, Training]]

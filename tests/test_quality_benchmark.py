@@ -108,6 +108,7 @@ def make_pair(folder: Path) -> None:
         (folder / "texts" / "corpora" / name).symlink_to(folder / "texts" / "corpora" / "web")
 
 
+@pytest.mark.slow
 def test_a_tiny_pair_is_compared_what_is_there_is_not_made_again_and_a_sweep_trains_the_same(tmp_path: Path) -> None:
     make_pair(tmp_path)
     of_both = ["--student", "16/2/1", "--scale", "0.0003", "--json", str(tmp_path / "found.json")]

@@ -327,6 +327,7 @@ def test_two_ranks_train_the_same_run(untrained: Run, prepared: Run, plan_of_two
     assert untrained.status()["tokens"] == prepared.status()["tokens"]
 
 
+@pytest.mark.slow
 def test_what_a_rank_refuses_reaches_the_user(untrained: Run, plan_of_two_ranks: Path) -> None:
     shutil.copy(plan_of_two_ranks, untrained.directory.plan)
     (untrained.directory.shards / "index.json").unlink()

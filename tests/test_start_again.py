@@ -95,6 +95,7 @@ def weights(run: RunDirectory) -> dict[str, Any]:
     return saved.weights()
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_the_smaller_micro_batch(prepared: RunDirectory, tmp_path: Path) -> None:
     undisturbed, run = copy(prepared, tmp_path / "undisturbed"), copy(prepared, tmp_path / "disturbed")
     # One rank trains the same, and is there at once.

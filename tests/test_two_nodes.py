@@ -154,6 +154,7 @@ def losses(run: RunDirectory) -> list[float]:
     return [json.loads(line)["loss"] for line in run.metrics.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_the_run_of_one_process(
     prepared: RunDirectory, single: RunDirectory, network: Network, tmp_path: Path
 ) -> None:

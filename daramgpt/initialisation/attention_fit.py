@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from daramgpt.initialisation.least_squares import Fit, factors, fit, square_root
-from daramgpt.initialisation.teacher_states import BlockStates
+from daramgpt.initialisation.teacher_states import BlockStates, read_by
 
-INPUT_RIDGE = 1e-4
 # So high that attention keeps to the few directions in which it does most. Fitted closely, it does what the MLP behind
 # it would do better, wipes out what that one reads, and follows the few documents that it was fitted on: the stream
 # behind the block ends further from the teacher's even on these.
@@ -140,7 +139,7 @@ def _candidates(states: BlockStates, normed: torch.Tensor, sample_weights: torch
     """The heads of one of the teacher's blocks, in the student's stream and head size."""
     attention: Any = states.block.attn
     inputs = states.block.ln_1(states.before)
-    into = fit(normed, inputs, sample_weights, INPUT_RIDGE)
+    into = read_by(inputs, normed, sample_weights)
     width = inputs.shape[1]
     size = width // attention.num_heads
     found = []

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from daramgpt.initialisation.attention_fit import INPUT_RIDGE
-from daramgpt.initialisation.least_squares import Fit, Moments, fit, moments
-from daramgpt.initialisation.teacher_states import BlockStates
+from daramgpt.initialisation.least_squares import Fit, Moments, moments
+from daramgpt.initialisation.teacher_states import BlockStates, read_by
 
 # Of so many times the student's neurons the best are found by fitting; of more, by their own size alone.
 CANDIDATES, SHARE_KEPT = 4, 0.7
@@ -50,7 +49,7 @@ def fit_mlp(
     for one in states:
         tick()
         mlp: Any = one.block.mlp
-        into = fit(normed, one.block.ln_2(one.between), sample_weights, INPUT_RIDGE)
+        into = read_by(one.block.ln_2(one.between), normed, sample_weights)
         neurons = Fit(into.weight @ mlp.c_fc.weight, into.bias @ mlp.c_fc.weight + mlp.c_fc.bias)
         active = _active(normed[::STRIDE], neurons)
         sizes.append(active.std(0) * (mlp.c_proj.weight @ basis).norm(dim=1))

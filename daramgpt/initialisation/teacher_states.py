@@ -1,6 +1,6 @@
 """What a GPT-2 teacher's residual stream holds on calibration text, one block after the other.
 
-Legend of shapes: R rows, T tokens a row, N = R · T, D the teacher's width.
+Legend of shapes: R rows, T tokens a row, N = R · T, D the teacher's width, d the student's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from daramgpt.blocks import states_of
+from daramgpt.initialisation.least_squares import Fit, fit
 
 ROWS_AT_ONCE = 4
+_INPUT_RIDGE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,17 @@ class BlockStates:
 def centred(states: torch.Tensor) -> torch.Tensor:
     """Without each row's mean."""
     return states - states.mean(-1, keepdim=True)
+
+
+def read_by(inputs: torch.Tensor, normed: torch.Tensor, sample_weights: torch.Tensor) -> Fit:
+    """What a part of a block of the teacher reads, found in the student's stream.
+
+    Args:
+        inputs: [N, D], the teacher's stream behind the part's norm.
+        normed: [N, d], the student's behind its own.
+        sample_weights: [N]
+    """
+    return fit(normed, inputs, sample_weights, _INPUT_RIDGE)
 
 
 def _nothing() -> None:
