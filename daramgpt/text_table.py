@@ -142,6 +142,11 @@ def _width(cells: Cells) -> int:
     return max(map(width_of, aligned(cells)))
 
 
+def counted(number: int, things: str) -> str:
+    """``(1, "rows")`` → ``"1 row"``."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 def duration(seconds: float) -> str:
     """``75`` → ``"1 min 15 s"``."""
     seconds = round(seconds)

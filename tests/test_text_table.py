@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from daramgpt.text_table import aligned, duration, fitted, hung, ruled, terminal_columns, width_of, wrapped
+from daramgpt.text_table import aligned, counted, duration, fitted, hung, ruled, terminal_columns, width_of, wrapped
 
 
 def test_columns_align() -> None:
@@ -81,3 +81,8 @@ def test_without_a_terminal_lines_have_a_hundred_columns(monkeypatch: pytest.Mon
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 rows"), (1, "1 row"), (1200, "1,200 rows")])
+def test_one_thing_is_no_plural(number: int, text: str) -> None:
+    assert counted(number, "rows") == text

@@ -262,13 +262,16 @@ def status(
 
     from daramgpt import commands
     from daramgpt import status as statuses
+    from daramgpt.text_table import counted
 
     resolved, directory = commands.resolve(recipe, corpus, ds_config, run, settings, allow_changes)
     found = statuses.read(directory, resolved.budget)
     if quiet:
         if found.state != "done":
             raise typer.Exit(3)
-        print(f"All done: {found.num_steps:,} steps, report in {directory.report}, model in {directory.export}")
+        print(
+            f"All done: {counted(found.num_steps, 'steps')}, report in {directory.report}, model in {directory.export}"
+        )
     elif as_json:
         print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
     else:

@@ -23,6 +23,7 @@ from daramgpt.ledger import entries
 from daramgpt.pace import Pace
 from daramgpt.recipe import Evaluation, Recipe
 from daramgpt.run_directory import RunDirectory, parse_json, read_json, read_text, write_json
+from daramgpt.text_table import counted
 
 if TYPE_CHECKING:
     from daramgpt.checkpoint import Saved
@@ -152,7 +153,7 @@ def _measure(
                 sum(parameter.numel() * parameter.element_size() for parameter in parameters),
             )
     stages = [stage.name for stage in shards.stages]
-    say(f"evaluation: {', '.join(models)} on the held-out text of {len(stages)} stages")
+    say(f"evaluation: {', '.join(models)} on the held-out text of {counted(len(stages), 'stages')}")
     limit = recipe.evaluation.heldout_tokens
     pace = Pace(say, "evaluation", held_out_tokens(shards, limit))
     measured = compare(

@@ -9,6 +9,7 @@ from typing import Any
 from daramgpt.planner.gpus import Forecast, reference_bytes
 from daramgpt.planner.making import MEMORY_SHARE
 from daramgpt.planner.memory import needed_memory
+from daramgpt.text_table import counted
 
 # What is chosen from the machine, each with a reason.
 CHOICES = ("dtype", "teacher_precision", "ds_config")
@@ -66,8 +67,9 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
     parts = sorted(predicted["memory_bytes"].items(), key=lambda item: -item[1])
     total = predicted["memory_total_bytes"]
     lines = [
-        f"{plan['num_steps']:,} steps of {plan['batch_rows']} rows of {context} tokens, "
-        f"{rows} rows ({rows * context:,} tokens) a forward pass, loss {plan['loss_chunk_tokens']:,} tokens at a time",
+        f"{counted(plan['num_steps'], 'steps')} of {counted(plan['batch_rows'], 'rows')} of {context} tokens, "
+        f"{counted(rows, 'rows')} ({rows * context:,} tokens) a forward pass, "
+        f"loss {plan['loss_chunk_tokens']:,} tokens at a time",
         f"memory {total / 1e9:.2f} GB: "
         + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts if size >= SMALLEST_SHARE * total),
     ]
@@ -81,10 +83,12 @@ def _training_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"by arithmetic {predicted['tokens_per_second']:,.0f} tokens/s, {predicted['hours']:.3f} hours")
     if probe.get("fastest_rows"):
         lines.append(
-            f"measured: fastest {probe['fastest_rows']} rows a forward pass, largest that fits {probe['largest_rows']}"
+            f"measured: fastest {counted(probe['fastest_rows'], 'rows')} a forward pass, largest that fits "
+            f"{probe['largest_rows']}"
         )
         lines += [
-            f"measured with {rows} rows: {trial['tokens_per_second']:,.1f} tokens/s, {trial['hours']:.1f} hours"
+            f"measured with {counted(rows, 'rows')}: {trial['tokens_per_second']:,.1f} tokens/s, "
+            f"{trial['hours']:.1f} hours"
             for trial in probe["trials"]
             if trial["micro_batch_rows"] == rows and trial["hours"] is not None
         ]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from daramgpt.planner.making import CPU_MICRO_BATCH_TOKENS
+from daramgpt.text_table import counted
 
 # Of the arithmetic's hours: a shorter run would win less than the probe takes.
 PROBE_FROM_HOURS = 0.5
@@ -114,7 +115,7 @@ def decide(trials: Sequence[Trial]) -> dict[str, int | None]:
 
 def describe(trial: Trial) -> str:
     """One line for people."""
-    what = f"  probe: {trial.micro_batch_rows} rows ({trial.micro_batch_tokens:,} tokens)"
+    what = f"  probe: {counted(trial.micro_batch_rows, 'rows')} ({trial.micro_batch_tokens:,} tokens)"
     if trial.fault is not None:
         return f"{what}: {trial.fault}"
     assert trial.tokens_per_second is not None and trial.peak_memory_bytes is not None
