@@ -145,9 +145,9 @@ def save_model(
     """
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    from daramgpt import student
+
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -161,7 +161,7 @@ def save_model(
             temperature=drawn.temperature,
             top_p=drawn.top_p,
         )
-        model.save_pretrained(temporary)
+        student.save(model, temporary)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
         # The tokenizer's own limit is none; the model's positions are one that users run into.
         tokenizer.model_max_length = int(model.config.max_position_embeddings)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from daramgpt.recipe import Shape
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, PreTrainedModel
 
 
 def build(shape: Shape, vocab_size: int, max_positions: int, eos_token_id: int, seed: int) -> GPT2LMHeadModel:
@@ -45,6 +47,22 @@ def build(shape: Shape, vocab_size: int, max_positions: int, eos_token_id: int, 
         model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     assert model.lm_head.weight is model.transformer.wte.weight, "head and embedding are one parameter"
     return model
+
+
+def save(model: PreTrainedModel, model_dir: Path) -> None:
+    """Write a model and its configuration as transformers does, but without a word.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed on the way, which would warn that it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    model.save_pretrained(model_dir)
 
 
 def checkpoint_activations(model: GPT2LMHeadModel) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +81,16 @@ def test_the_global_random_state_is_left_as_it_was() -> None:
     torch.manual_seed(3)
     student.build(SHAPE, 321, 40, 5, seed=0)
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_saving_says_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from daramgpt import student; from daramgpt.recipe import Shape; "
+        "student.save(student.build(Shape(n_embd=8, n_head=2, n_layer=1), 20, 8, 0, 0), Path(sys.argv[1]))"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=plain, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}

@@ -229,15 +229,13 @@ def _student_seconds(timed: _Pass, shape: Shape, vocab_size: int, recomputes: bo
 def _teacher_seconds(timed: _Pass, shape: Shape, precision: str, half_accumulation: bool) -> tuple[float, float]:
     """Forward, of a block and of what stands before and behind them all."""
     from torch import nn
-    from transformers.utils.logging import disable_progress_bar
 
     from daramgpt import student, teacher
     from daramgpt.attention import Documents
 
-    disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="daramgpt-timing-") as folder:
         # Through a file, because precisions are made as a checkpoint is read.
-        student.build(shape, FEW_WORDS, timed.context_tokens, 0, 0).save_pretrained(folder)
+        student.save(student.build(shape, FEW_WORDS, timed.context_tokens, 0, 0), Path(folder))
         loaded = teacher.load(
             Path(folder),
             precision,
