@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from daramgpt import recipe as recipes
 from daramgpt.errors import UserError
 
 Row = dict[str, Any]
@@ -28,7 +29,8 @@ STAGES = (
 
 
 def make_recipe(teacher: Path, corpus: Path, shape: tuple[int, int, int]) -> str:
-    """The reference run's five stages, in what a sample of the corpora has of them."""
+    """The recipe `daramgpt` in what a sample of the corpora has of its five stages, begun with random weights."""
+    loss = recipes.load("daramgpt").loss
     stages = "\n".join(
         f'[[curriculum.stages]]\nname = "{name}"\ncorpus = "{corpus_name}"\ntake = "{megabytes}MB"\nunit = "{unit}"\n'
         for name, corpus_name, megabytes, unit in STAGES
@@ -45,6 +47,8 @@ model = {json.dumps(str(teacher.resolve()))}
 n_embd = {width}
 n_head = {heads}
 n_layer = {blocks}
+[loss]
+temperature = {loss.temperature}
 [evaluation]
 points = {POINTS}
 point_tokens = {2**40}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import quality, quality_runs, quality_yardstick
+from daramgpt import recipe as recipes
 from daramgpt import student
 from daramgpt.engine import without_rank
 from daramgpt.evaluation.held_out import CausalModel, measure
@@ -28,6 +29,14 @@ DOCUMENTS = {"novels": ["옛날에 한 사람이\n살았다.", "그는 밥을 �
 def row(name: str, seed: int, *points: tuple[float, float, float]) -> dict[str, Any]:
     curve = [dict(zip(("seconds", "tokens", "bits_per_byte"), point, strict=True)) for point in points]
     return quality._row(name, seed, curve)
+
+
+def test_the_recipe_learns_as_the_full_one_does(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(quality_runs.make_recipe(tmp_path, tmp_path, (64, 2, 1)), encoding="utf-8")
+    own, full = recipes.load(str(file)), recipes.load("daramgpt")
+    assert (own.loss, own.optimizer, own.schedule) == (full.loss, full.optimizer, full.schedule)
+    assert [stage.name for stage in own.curriculum.stages] == [stage.name for stage in full.curriculum.stages]
 
 
 def test_shares_are_those_of_the_worst_seed_at_the_first_point_that_is_no_worse() -> None:
