@@ -19,7 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -297,6 +297,18 @@ def check_agreement(facts: dict[str, str], log: Path) -> None:
             "share one run directory between the nodes, or copy the first node's to the others, and give all of them "
             "the same settings",
         )
+
+
+@contextlib.contextmanager
+def waiting_for_all() -> Iterator[None]:
+    """Leave the block when every rank of a training has, however long; to be used after `check_agreement`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from daramgpt.engine import ranks
+
+    with ranks.waiting_for_all():
+        yield
 
 
 def _choose_interface() -> None:

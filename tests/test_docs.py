@@ -127,6 +127,8 @@ def check_command(line: str) -> None:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             assert any(one.startswith(f"{module}>=") for one in extras["optional-dependencies"]["dev"]), module
             check_paths(rest)
+        case ["mkdir", "-p", folder]:
+            assert folder.startswith(ELSEWHERE)
         case _:
             pytest.fail(f"no command that a reader of this repository has: {line}")
 

@@ -216,8 +216,9 @@ def _train_part(label: str, part: Recipe, part_run: RunDirectory, frozen: dict[s
     beginning = initial_weights.settled(label, part, run, console) if saved is None else part
     if saved is None and beginning.student.init != "random":
         initial = part_run.initial_weights
-        # The first rank makes them; the others wait here.
-        made_from = initial_weights.ensure(label, beginning, part_run, run, session.machine, session.stop, console)
+        # The first rank makes them.
+        with launcher.waiting_for_all():
+            made_from = initial_weights.ensure(label, beginning, part_run, run, session.machine, session.stop, console)
         launcher.check_agreement({"settings of the initial weights": made_from}, run.log)
         launcher.check_agreement({"the initial weights": initial_weights.digest(initial)}, run.log)
         if not initial_weights.stand(initial, made_from):

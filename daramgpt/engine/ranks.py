@@ -6,7 +6,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 
 from daramgpt.errors import UserError
 
+# Within which all ranks have to begin, and to come to what each of them does in a step.
+MEETING_TIME = timedelta(minutes=30)
+# For what the first rank does alone. Should it fail, its connection breaks, which the others notice at once.
+LONGEST_WORK = timedelta(days=7)
 # By which a launcher tells a process that it is one of several.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -52,7 +57,8 @@ def join_ranks(log: Path) -> Any:
     if "RANK" not in os.environ:
         _be_the_only_rank()
     try:
-        deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = None if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, timeout=MEETING_TIME, verbose=False)
     except torch.distributed.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -60,6 +66,15 @@ def join_ranks(log: Path) -> Any:
             "start every node's command within half an hour, with a --master-addr and --master-port that all reach",
         ) from error
     return deepspeed
+
+
+@contextlib.contextmanager
+def waiting_for_all() -> Iterator[None]:
+    """Leave the block when every rank has, though one of them be at work in it for hours."""
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WORK)
+    yield
+    torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
 
 
 def leave_ranks() -> None:

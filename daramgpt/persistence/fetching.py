@@ -236,7 +236,8 @@ class _Fetching:
         if self.unreachable and (self.useless or not self.has_checkpoint):
             raise UserError(
                 f"{self.run.path} lacks checkpoints, and copies cannot be reached: {'; '.join(self.unreachable)}",
-                "see that the place is mounted or the network and token are there, or take the place out to begin anew",
+                "mount the drive, make the folder if it is a new one, see that network and token are there, or take "
+                "the place out to begin anew",
             )
 
     def _fill(self, prefix: str, winner: Offer | None) -> None:
