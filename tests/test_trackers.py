@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from daramgpt import recipe, trackers
+from daramgpt.doctor import needs
 from daramgpt.errors import UserError
 from daramgpt.trackers import Trackers, require
 
@@ -113,3 +115,9 @@ def test_what_is_not_installed_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="no_such_tracker is not installed; pip install no_such_tracker"):
         require(["no_such_tracker"])
     require([])
+
+
+def test_doctor_names_the_key_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    [check] = needs.reporting(recipe.load("quickstart", ["report_to=['trackio']"]))
+    assert check.blocks and (check.name, check.text[:24]) == ("report_to", "trackio is not installed")

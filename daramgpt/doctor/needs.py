@@ -112,7 +112,7 @@ def reporting(recipe: Recipe) -> Iterator[Check]:
     try:
         trackers.require(recipe.report_to)
     except UserError as error:
-        yield Check("report_to", "blocked", str(error))
+        yield Check("report_to", "blocked", str(error).removeprefix("report_to: "))
     else:
         yield Check("report_to", "ok", ", ".join(recipe.report_to))
 
