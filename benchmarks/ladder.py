@@ -210,7 +210,7 @@ class PackedRow:
 
 
 class DaramgptRow:
-    """What ``python -m daramgpt train`` runs, with the planned micro-batch."""
+    """What ``python -m daramgpt train`` runs, with the planned micro-batch and the reference loop's loss."""
 
     def __init__(self, measured: Measured, inputs: Inputs, settings: Settings, device: torch.device) -> None:
         shards, recipe = inputs.shards(), recipes.load("daramgpt")
@@ -220,10 +220,9 @@ class DaramgptRow:
         self._micro_batches, self._learning_rate = settings.micro_batches, recipe.optimizer.learning_rate
         self._rows = _full_rows(inputs, settings.micro_batch_rows)
         frozen = teacher.load(inputs.teacher_dir, settings.teacher_precision, teacher.DTYPES[settings.dtype], device)
-        self._loss = recipe.loss
         self._distiller = Distiller(
             student.build(measured.student, measured.vocab_size, measured.context_tokens, shards.eos_token_id, SEED),
-            recipe.loss,
+            packed_loop.REFERENCE_LOSS,
             recipe.optimizer,
             ds_config.load(settings.ds_config),
             settings.micro_batch_rows,
@@ -243,7 +242,7 @@ class DaramgptRow:
                 batches = [_cut(self._rows, tokens)] * self._micro_batches
             num_targets = sum(labels.numel() for _, labels in batches)
             taken = self._distiller.step(iter(batches), num_targets, self._learning_rate)
-            loss = self._loss.total(taken.kd, taken.ce, taken.hidden) if loss is None else loss
+            loss = packed_loop.REFERENCE_LOSS.total(taken.kd, taken.ce, taken.hidden) if loss is None else loss
             useful += num_targets
         input_ids = batches[0][0]
         return Work(useful, useful, steps * self._micro_batches, input_ids.numel(), input_ids.shape[1], loss)

@@ -19,6 +19,8 @@ from daramgpt.engine import DistillationModel
 from daramgpt.recipe import Loss
 from daramgpt.teacher import Teacher
 
+# Of all sides, so that they compute the same.
+REFERENCE_LOSS = Loss(temperature=TEMPERATURE, kd_weight=1.0, ce_weight=CE_WEIGHT)
 # Of the loss, in fp16: its gradients would otherwise leave the range. Fixed, for nothing here trains for long.
 FP16_LOSS_SCALE = 1024.0
 
@@ -44,7 +46,7 @@ def whole_logits(teacher: PreTrainedModel) -> LossOf:
 
 def fused(student: GPT2LMHeadModel, teacher: Teacher, chunk_tokens: int) -> LossOf:
     """This package's own head: hidden states in, logits never whole."""
-    model = DistillationModel(student, Loss(temperature=TEMPERATURE, kd_weight=1.0, ce_weight=CE_WEIGHT), chunk_tokens)
+    model = DistillationModel(student, REFERENCE_LOSS, chunk_tokens)
 
     def loss(student: GPT2LMHeadModel, input_ids: Tensor, labels: Tensor) -> Tensor:
         hidden = teacher.hidden_states(input_ids)
